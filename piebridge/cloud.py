@@ -1,0 +1,208 @@
+"""The cloud side as a whole: backbone, family and router of a study, made once and found again."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from . import costs, records
+from .alignment import align
+from .backbones import Backbone, load_backbone, take_apart
+from .config import Study, SubnetSpec, build_folder, project_root
+from .data import CloudImages, load_cloud
+from .embedded import SmallResNet
+from .pet import cut_of
+from .router import Router, load_router, member_losses, save_router, train_router
+from .subnets import (
+    PREFIX_BATCH, Family, FamilyError, Manifest, cut_subnet, facts_of, fidelity, latents_of, load_family,
+    measure_latencies, read_manifest, save_family,
+)
+
+ROUTER_IMAGES = 10_000  # public images that the router learns from, at most
+
+
+def obtain_backbone(study: Study) -> Backbone:
+    """The study's backbone; the embedded one is pretrained on rendered characters if that was not done before."""
+    config = study.backbone
+    if config.name == "embedded" and config.weights == "auto":
+        parts = {"seed": study.seed, "resolution": config.resolution, "images": study.cloud.images,
+                 "held_out": study.cloud.held_out, "epochs": study.cloud.backbone_epochs}
+        path = build_folder() / "backbones" / f"embedded-{_digest(parts)}.safetensors"
+        if not path.is_file():
+            _save_weights(pretrain(load_cloud(study), study), path)
+        config = config.model_copy(update={"weights": str(path)})
+    return load_backbone(config)
+
+
+def pretrain(images: CloudImages, study: Study) -> SmallResNet:
+    """Train the embedded backbone to read the characters; prints its accuracy on those held out."""
+    torch.manual_seed(study.seed)
+    model = SmallResNet()
+    blocks = take_apart(model, "embedded", study.backbone.resolution).blocks.requires_grad_(True)
+    blocks.to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(study.seed)
+    count, size = len(images.train), 64
+    steps = study.cloud.backbone_epochs * (count // size)
+    optimizer = torch.optim.AdamW(blocks.parameters(), lr=4e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.2)
+    blocks.train()
+    bar = tqdm(total=steps, desc="pretraining the backbone")
+    for _ in range(study.cloud.backbone_epochs):
+        order = torch.randperm(count, generator=generator)[: count // size * size]
+        for chosen in order.split(size):
+            loss = functional.cross_entropy(blocks(images.train[chosen]), images.train_labels[chosen])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            bar.update()
+    bar.close()
+    blocks.requires_grad_(False).eval()
+    return model
+
+
+def family_folder(study: Study, backbone: Backbone) -> Path:
+    """Where the study's family lies or will lie.
+
+    Raises:
+        FamilyError: `cloud.family` names a folder without a family.
+    """
+    choice = study.cloud.family
+    if choice == "auto":
+        shipped = project_root() / "params" / "families" / backbone.name
+        if (shipped / "manifest.json").is_file():
+            manifest = read_manifest(shipped)
+            cut = cut_of(backbone, study.pet)
+            if (manifest.weights_fingerprint, manifest.cut, manifest.resolution) == (
+                backbone.fingerprint, cut, backbone.resolution,
+            ):
+                return shipped
+    elif choice != "generate":
+        for folder in (Path(choice).expanduser(), project_root() / "params" / "families" / choice):
+            if (folder / "manifest.json").is_file():
+                return folder
+        raise FamilyError(f"cloud.family: {choice}: neither a folder with a manifest.json nor one of params/families")
+    parts = {"seed": study.seed, "weights": backbone.fingerprint, "backbone": study.backbone.model_dump(mode="json"),
+             "pet": study.pet.model_dump(mode="json"), "cloud": study.cloud.model_dump(mode="json"),
+             "router": study.router.model_dump(mode="json")}
+    return build_folder() / "families" / f"{backbone.name}-{_digest(parts)}"
+
+
+def obtain_family(study: Study, backbone: Backbone) -> Family:
+    """The study's family, loaded; generated first where the study asks for that and it was not done before."""
+    folder = family_folder(study, backbone)
+    if not (folder / "manifest.json").is_file():
+        if study.cloud.family == "auto":
+            family = free_family(study, backbone)
+        else:
+            family, history = generate_family(study, backbone, load_cloud(study))
+            records.write_table(folder / "alignment.csv", history)
+        save_family(family, folder)
+    return load_family(folder, backbone, cut_of(backbone, study.pet))
+
+
+def free_family(study: Study, backbone: Backbone) -> Family:
+    """The free rival: the original's own weights at lower resolutions, nothing pruned, nothing aligned."""
+    prefix, _ = backbone.cut(cut_of(backbone, study.pet))
+    shares = (0.75, 0.625, 0.5, 0.375)
+    specs = [SubnetSpec(resolution=max(16, round(share * backbone.resolution / 8) * 8)) for share in shares]
+    members = [(spec, *cut_subnet(prefix, spec, backbone.example(2))) for spec in specs]
+    family = _family(study, backbone, prefix, members, {"alignment": "none"})
+    return measure_latencies(family, backbone.example(PREFIX_BATCH))
+
+
+def generate_family(study: Study, backbone: Backbone, images: CloudImages) -> tuple[Family, pd.DataFrame]:
+    """Prune, align and measure a family.
+
+    Returns:
+        The family (on the CPU, from dear to cheap, latencies measured on this machine's CPU) and the alignment's
+        history as `align` gives it.
+    """
+    config, device = study.cloud, torch.device(study.cloud.device)
+    original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
+    sample = images.held_out[:64].to(device)
+    members = [(spec, *cut_subnet(original, spec, sample)) for spec in config.subnets]
+    members.sort(key=lambda member: -costs.macs(member[1], sample[:1]))
+    history = pd.DataFrame(columns=["step", "seconds", "member", "loss"])
+    if config.steps:
+        networks = [network for _, network, _ in members]
+        history = align(networks, original, tail, images.train, backbone.resolution, config, study.seed)
+    provenance = {
+        **records.provenance(), "study": study.name, "steps": config.steps, "batch_size": config.batch_size,
+        "images": len(images.train), "held_out": len(images.held_out),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else records.processor_name(),
+        "alignment_seconds": round(float(history["seconds"].max()), 1) if len(history) else 0.0,
+    }
+    family = _family(study, backbone, original, members, provenance)
+    family = with_fidelity(family, images.held_out.to(device))
+    for network in family.networks:
+        network.cpu()
+    return measure_latencies(family, images.held_out[:PREFIX_BATCH]), history
+
+
+def _family(study: Study, backbone: Backbone, prefix: nn.Module, members: Sequence, provenance: dict) -> Family:
+    device = next(prefix.buffers()).device
+    original_macs = costs.macs(prefix, backbone.example().to(device))
+    facts = [facts_of(prefix, (), SubnetSpec(), backbone, original_macs)]
+    facts += [facts_of(network, removed, spec, backbone, original_macs) for spec, network, removed in members]
+    manifest = Manifest(
+        backbone=backbone.name, weights_fingerprint=backbone.fingerprint, cut=cut_of(backbone, study.pet),
+        resolution=backbone.resolution, subnets=tuple(facts), provenance=provenance,
+    )
+    return Family(manifest, [prefix, *(network for _, network, _ in members)])
+
+
+def with_fidelity(family: Family, held_out: Tensor) -> Family:
+    """The family with each member's fidelity on held-out public images, uint8 (M, 3, R, R), on the members' device."""
+    original = latents_of(family.networks[0], held_out)
+    facts = []
+    for member, network in zip(family.manifest.subnets, family.networks):
+        centred, plain = fidelity(latents_of(network, held_out), original)
+        facts.append(member.model_copy(
+            update={"fidelity": round(centred.mean().item(), 4), "cosine": round(plain.mean().item(), 4)}
+        ))
+    return Family(family.manifest.model_copy(update={"subnets": tuple(facts)}), family.networks)
+
+
+def obtain_router(study: Study, backbone: Backbone, family: Family) -> Router:
+    """The router of the study's family; trained first if the family has none."""
+    folder = family_folder(study, backbone)
+    if not (folder / "router.safetensors").is_file():
+        save_router(learn_router(study, backbone, family), study.router, folder)
+    return load_router(folder)
+
+
+def learn_router(study: Study, backbone: Backbone, family: Family) -> Router:
+    """Train a router for a family on the study's public images."""
+    public = load_cloud(study).train[:ROUTER_IMAGES]
+    whole = [_whole(batch, backbone.resolution) for batch in public.split(256)]
+    latents = [torch.cat([latents_of(network, batch) for batch in whole]) for network in family.networks]
+    _, tail = backbone.cut(family.manifest.cut)
+    return train_router(torch.cat(whole), member_losses(latents, tail), family.relative_macs, study.router, study.seed)
+
+
+def _whole(images: Tensor, resolution: int) -> Tensor:
+    if images.shape[-1] == resolution:
+        return images
+    return functional.interpolate(images, (resolution, resolution), mode="bilinear", antialias=True)
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, partial)
+    partial.replace(path)
+
+
+def _digest(parts: dict) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,346 @@
+"""A study: every parameter of an experiment, its type, unit, range and default, in one place.
+
+A study is a YAML file in `params/` that holds only its differences from the defaults below. An unknown key, a wrong
+type or a value out of range is a `StudyError` that names the key and says what would be right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class StudyError(ValueError):
+    """A study cannot be read or holds something it must not; the message names the file and the key."""
+
+
+class Section(BaseModel):
+    """A part of a study: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class DataConfig(Section):
+    """The target task: which images the device learns from."""
+
+    name: Literal["digits", "caltech101", "caltech256", "dtd", "dogs_vs_cats", "folder"] = Field(
+        "digits", description="Data set; `folder` is any folder of one's own photos, one sub-folder a class."
+    )
+    root: Optional[Path] = Field(
+        None, description="Where the data lie; default: the folder that the variable PIEBRIDGE_DATA names."
+    )
+    download: bool = Field(False, description="Let torchvision download the data set into `root` if it is absent.")
+    train_per_class: Optional[PositiveInt] = Field(
+        None, description="Images a class for training and validation together; default: all that the split gives."
+    )
+    test_per_class: Optional[PositiveInt] = Field(
+        None, description="At most this many test images a class; default: all the others."
+    )
+    test_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.3, description="Share of each class tested on, where the data set has no split of its own."
+    )
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.17, description="Share of the training images that tuning holds out, class by class."
+    )
+    on_corrupt: Literal["error", "skip"] = Field(
+        "error", description="What to do with an image that cannot be decoded: stop, or leave it out and say so."
+    )
+    memory_mib: PositiveInt = Field(
+        2048, description="Decoded images are kept in memory up to this size (MiB), beyond it in a memory-mapped file."
+    )
+
+
+class BackboneConfig(Section):
+    """The pretrained network that is deployed, and the resolution it is used at."""
+
+    name: Literal[
+        "embedded", "resnet18", "resnet34", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large",
+        "deit_tiny_patch16_224", "vit_tiny_patch16_224",
+    ] = Field("embedded", description="Architecture; `embedded` is the small ResNet that the notebooks pretrain.")
+    resolution: Annotated[int, Field(ge=16, le=512)] = Field(32, description="Side of the square input, pixels.")
+    weights: str = Field(
+        "auto",
+        description="`auto` (the file <name>.safetensors in PIEBRIDGE_WEIGHTS if that is set, else the library's own "
+        "pretrained weights), `random` (for tests), or the path of a safetensors file.",
+    )
+
+
+class PetConfig(Section):
+    """What is trained: the kind of parameter-efficient training decides the cut."""
+
+    kind: Literal["head", "last_k", "adapter", "lora"] = Field("head", description="Trainable module.")
+    blocks: PositiveInt = Field(2, description="last_k, adapter, lora: how many of the last blocks are trained or adapted.")
+    bottleneck: PositiveInt = Field(32, description="adapter: channels of the bottleneck.")
+    rank: PositiveInt = Field(8, description="lora: rank of the update.")
+
+
+class SubnetSpec(Section):
+    """How one subnet differs from the original; 1.0, 1.0 and no resolution is the original itself."""
+
+    width: Annotated[float, Field(ge=0.05, le=1.0)] = Field(1.0, description="Share of the channels kept in every layer.")
+    depth: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        1.0, description="Share kept of the blocks that can be removed; those least needed go first."
+    )
+    without: tuple[str, ...] = Field((), description="Blocks removed by name, besides those that depth removes.")
+    resolution: Optional[Annotated[int, Field(ge=8, le=512)]] = Field(
+        None, description="Side of the subnet's input, pixels; default: the backbone's."
+    )
+
+
+class CloudConfig(Section):
+    """The cloud side: public data, subnets, alignment."""
+
+    family: str = Field(
+        "generate",
+        description="`generate` (prune and align in this study), `auto` (the family shipped in params/families if it "
+        "was made for exactly these weights, else full-width members at lower resolutions, which need no alignment), "
+        "or the path of a family's folder.",
+    )
+    data: Union[Literal["characters"], Path] = Field(
+        "characters",
+        description="Public images: `characters` (rendered from fonts), or a folder, searched recursively, of Parquet "
+        "files with columns image and label or of photos.",
+    )
+    images: PositiveInt = Field(8000, description="characters: how many training images are rendered.")
+    held_out: PositiveInt = Field(1000, description="Images on which fidelity is measured, never trained on.")
+    backbone_epochs: PositiveInt = Field(4, description="embedded: epochs of pretraining on the characters.")
+    subnets: tuple[SubnetSpec, ...] = Field(
+        (
+            SubnetSpec(width=0.75), SubnetSpec(width=0.75, resolution=24), SubnetSpec(width=0.5),
+            SubnetSpec(width=0.5, resolution=24), SubnetSpec(width=0.4, depth=0.5, resolution=24),
+        ),
+        description="The members of the family besides the original.",
+    )
+    steps: Annotated[int, Field(ge=0)] = Field(300, description="Alignment steps; 0 leaves the members unaligned.")
+    batch_size: PositiveInt = Field(64, description="Images an alignment step.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak learning rate of AdamW, one-cycle.")
+    kl_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of the KL term; cosine and MSE have 1.")
+    device: str = Field("cpu", description="Torch device of the cloud side.")
+    crop_area: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.7, description="Share of an image that a random crop shows at least while aligning."
+    )
+
+
+class RouterConfig(Section):
+    """The offline-learned router: reads each image once and says how difficult it is."""
+
+    resolution: Annotated[int, Field(ge=8, le=128)] = Field(16, description="Side of the router's small input, pixels.")
+    channels: PositiveInt = Field(16, description="Channels of its first convolution; the second has twice as many.")
+    steps: PositiveInt = Field(400, description="Training steps on cloud data.")
+    batch_size: PositiveInt = Field(128, description="Images a step.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-3, description="Peak learning rate of AdamW, one-cycle.")
+    target_cost: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.35, description="Mean relative cost that the cost term pulls the routes to."
+    )
+    cost_weight: Annotated[float, Field(ge=0)] = Field(20.0, description="Weight of the squared gap to target_cost.")
+
+
+class RoutingConfig(Section):
+    """Which prefix an image gets in each epoch on the device."""
+
+    cost: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.4, description="Budget: mean cost of a latent relative to the original's, everything counted."
+    )
+    subnet: Annotated[int, Field(ge=0)] = Field(
+        0, description="The cheap subnet's index in the family; 0: the most faithful one that costs at most half the budget."
+    )
+    difficulty: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of the router's difficulty beside the loss in an image's priority; 0: loss alone."
+    )
+    correction: bool = Field(True, description="Correct the subnet's latents towards the original's by a ridge map.")
+    pairs: Annotated[int, Field(ge=2)] = Field(
+        300, description="Images put through both networks in the first epoch to fit the correction."
+    )
+    refit_pairs: Annotated[int, Field(ge=0)] = Field(
+        0, description="New pairs gathered in every later epoch to refit the correction."
+    )
+
+
+METHODS = ("full", "pet", "last_k", "cached", "fixed", "random", "piebridge", "piebridge_cached")
+
+
+class TrainingConfig(Section):
+    """The device side: one loop for every method."""
+
+    methods: tuple[Literal[METHODS], ...] = Field(METHODS, min_length=1, description="Methods to run, in this order.")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="One run a method and seed.")
+    epochs: PositiveInt = Field(12, description="Passes over the training images.")
+    batch_size: PositiveInt = Field(4, description="Images a step of the suffix.")
+    learning_rate: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Peak learning rate of SGD a method; a method without one is tuned on the validation split."
+    )
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.003, 0.01, 0.03), min_length=1, description="What tuning tries, for every method alike."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of SGD.")
+    window: PositiveInt = Field(256, description="Coming images whose latents are computed together.")
+    prefix_batch: PositiveInt = Field(16, description="Images a pass of a frozen prefix.")
+    last_k: PositiveInt = Field(1, description="Blocks that the method last_k trains besides the head.")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0: as many as the machine has cores.")
+    device: str = Field("cpu", description="Torch device of training.")
+    engine: Literal["eager", "onnxruntime"] = Field("eager", description="What runs a frozen prefix.")
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _known_methods(cls, rates: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(set(rates) - set(METHODS))
+        if unknown:
+            raise ValueError(f"unknown method {unknown[0]!r}; methods: {', '.join(METHODS)}")
+        return rates
+
+
+class Study(Section):
+    """One experiment, fully specified."""
+
+    name: str = Field(description="The study's name: the stem of its file.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the cloud side and of the split.")
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    pet: PetConfig = PetConfig()
+    cloud: CloudConfig = CloudConfig()
+    router: RouterConfig = RouterConfig()
+    routing: RoutingConfig = RoutingConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Study":
+        for spec in self.cloud.subnets:
+            if spec.resolution is not None and spec.resolution > self.backbone.resolution:
+                raise ValueError(
+                    f"cloud.subnets: resolution {spec.resolution} exceeds the backbone's {self.backbone.resolution}"
+                )
+        if self.cloud.data == "characters" and self.backbone.name != "embedded" and self.cloud.family == "generate":
+            raise ValueError(
+                f"cloud.data: rendered characters suit the embedded backbone only; give {self.backbone.name} a folder "
+                "of photos, or cloud.family a family that exists"
+            )
+        return self
+
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits that differ between studies of one name with different parameters."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def project_root() -> Path:
+    """The nearest folder from here upwards that holds `params/` and `notebooks/`; else the working folder."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
+            return folder
+    return here
+
+
+def build_folder() -> Path:
+    """Where everything that is made goes: `_build` of the project, or where the variable PIEBRIDGE_BUILD says."""
+    return Path(os.environ.get("PIEBRIDGE_BUILD", project_root() / "_build"))
+
+
+def study_folder(study: Study) -> Path:
+    """Where a study's runs, records and executed notebooks go: `_build/studies/<name>-<fingerprint>`."""
+    return build_folder() / "studies" / f"{study.name}-{study.fingerprint()}"
+
+
+def load_study(source: str | Path, overrides: str = "") -> Study:
+    """Read and validate a study.
+
+    Args:
+        source: the path of a YAML file, or the name of one in `params/`.
+        overrides: blank-separated `key=value` pairs with dotted keys, values in YAML, for example
+            `"training.epochs=3 seed=1"`.
+
+    Raises:
+        StudyError: the file is absent or no YAML mapping, or a key or value is not valid.
+    """
+    path = _find(source)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise StudyError(f"{path}: a study is a mapping of sections, not a {type(values).__name__}")
+    for pair in shlex.split(overrides):
+        _override(values, pair)
+    values.setdefault("name", path.stem)
+    try:
+        return Study.model_validate(values)
+    except ValidationError as error:
+        raise StudyError(_explain(path, overrides, error)) from error
+
+
+def _find(source: str | Path) -> Path:
+    candidates = [Path(source), project_root() / "params" / f"{source}.yaml"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in (project_root() / "params").glob("*.yaml"))
+    raise StudyError(f"no study {str(source)!r}: neither a file nor one of params/ ({', '.join(known) or 'none there'})")
+
+
+def _override(values: dict[str, Any], pair: str) -> None:
+    key, equals, text = pair.partition("=")
+    if not equals or not key:
+        raise StudyError(f"override {pair!r}: write key=value with a dotted key, for example training.epochs=3")
+    *sections, last = key.split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise StudyError(f"override {pair!r}: {section!r} is a value, not a section")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise StudyError(f"override {pair!r}: the value is not valid YAML: {error}") from error
+
+
+def _explain(path: Path, overrides: str, error: ValidationError) -> str:
+    lines = [f"{path}{f' with overrides {overrides!r}' if overrides else ''}: not a valid study"]
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "study"
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(_fields_at(problem["loc"][:-1]))
+            lines.append(f"  {key}: no such parameter; there are: {known}")
+        else:
+            lines.append(f"  {key}: {problem['msg']} (got {problem['input']!r})")
+    return "\n".join(lines)
+
+
+def _fields_at(location: tuple) -> list[str]:
+    model: Any = Study
+    for part in location:
+        if isinstance(part, int):
+            model = SubnetSpec  # the only list of sections there is
+        else:
+            model = model.model_fields[part].annotation
+    return sorted(model.model_fields)
+
+
+def notebook_study(namespace: dict[str, Any]) -> Study:
+    """The study that a notebook's parameters ask for; call it with `globals()` right after the parameters cell.
+
+    A notebook knows two parameters: `study` (a name in params/ or a path) and `overrides`. Papermill would only warn
+    about others and go on with the defaults, so any further name defined so far is an error here.
+
+    Raises:
+        StudyError: an unknown parameter, or anything `load_study` objects to.
+    """
+    notebook_names = {"In", "Out", "exit", "quit", "open", "get_ipython", "notebook_study"}
+    given = {name for name in namespace if not name.startswith("_") and name not in notebook_names}
+    unknown = sorted(given - {"study", "overrides"})
+    if unknown:
+        raise StudyError(
+            f"unknown notebook parameter {unknown[0]!r}: a notebook takes `study` and `overrides`; other values go "
+            f"into overrides, for example overrides=\"training.epochs=3\""
+        )
+    return load_study(namespace["study"], namespace["overrides"])

@@ -1,0 +1,356 @@
+"""Images of the target task and of the cloud side: found, split, decoded once, kept as uint8."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Union
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .config import DataConfig, Study
+from .embedded import handwritten_digits, render_characters
+
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
+SPLITS = ("train", "validation", "test")
+
+Source = Union[Path, bytes, np.ndarray]  # a file, its content, or an image (H, W, 3) uint8
+
+
+class DataError(ValueError):
+    """A data set is absent or does not hold what a study asks for; the message names the file or folder."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A target task, decoded.
+
+    Attributes:
+        classes: class names; a label is an index into them.
+        images: uint8, shape (N, 3, R, R), RGB, in channels-last memory order.
+        labels: int64, shape (N,).
+        splits: `train`, `validation` and `test`: int64 indices into the images, disjoint.
+    """
+
+    classes: tuple[str, ...]
+    images: Tensor
+    labels: Tensor
+    splits: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class CloudImages:
+    """Public images of the cloud side.
+
+    Attributes:
+        train: uint8, shape (N, 3, S, S), with S a quarter larger than the backbone's input, so that crops stay sharp.
+        held_out: uint8, shape (M, 3, R, R): fidelity is measured on them; never trained on.
+        train_labels: int64, shape (N,), or None where the images have none.
+        held_out_difficulty: float, shape (M,), in [0, 1]: the setting of the characters' generator, else None.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    train_labels: Optional[Tensor] = None
+    held_out_difficulty: Optional[Tensor] = None
+
+
+# ---------------------------------------------------------------------------------------------------- target tasks
+
+
+def load_task(study: Study, scratch: Optional[Path] = None) -> Task:
+    """Find, split and decode the target task of a study.
+
+    Args:
+        study: its `data` section says what; images are resized to `backbone.resolution`.
+        scratch: folder for the memory-mapped file, used when the images exceed `data.memory_mib`.
+
+    Raises:
+        DataError: no such folder, an empty class, too few images, a corrupt image.
+    """
+    config = study.data
+    sources, labels, splits, classes = _find_samples(config)
+    chosen = _split(config, labels, splits, classes, np.random.default_rng(study.seed))
+    order = np.concatenate([chosen[name] for name in SPLITS])
+    images, good = decode(
+        [sources[i] for i in order], study.backbone.resolution, config.memory_mib, scratch,
+        skip_corrupt=config.on_corrupt == "skip",
+    )
+    ends = np.cumsum([len(chosen[name]) for name in SPLITS])
+    bounds = zip(SPLITS, (0, *ends[:-1]), ends)
+    position = torch.arange(len(order))
+    indices = {name: position[start:end][torch.from_numpy(good[start:end])] for name, start, end in bounds}
+    return Task(tuple(classes), images, torch.tensor([labels[i] for i in order]), indices)
+
+
+def _find_samples(config: DataConfig) -> tuple[list[Source], list[int], Optional[list[str]], list[str]]:
+    """Sources, labels, the split of each sample if the data set has its own, and class names."""
+    if config.name == "digits":
+        images, labels = handwritten_digits()
+        return list(images), labels.tolist(), None, [str(digit) for digit in range(10)]
+    root = _data_root(config)
+    if config.download:
+        _download(config.name, root)
+    if config.name == "caltech101":
+        return _class_folders(root / "caltech101" / "101_ObjectCategories", ignored={"BACKGROUND_Google"})
+    if config.name == "caltech256":
+        return _class_folders(root / "caltech256" / "256_ObjectCategories", ignored={"257.clutter"})
+    if config.name == "dtd":
+        return _dtd(root / "dtd" / "dtd")
+    if config.name == "dogs_vs_cats":
+        return _dogs_vs_cats(root / "dogs-vs-cats" / "train")
+    return _own_folder(root)
+
+
+def _data_root(config: DataConfig) -> Path:
+    root = config.root or os.environ.get("PIEBRIDGE_DATA")
+    if not root:
+        raise DataError(f"data.root: say where {config.name} lies, or set the variable PIEBRIDGE_DATA")
+    return Path(root).expanduser()
+
+
+def _download(name: str, root: Path) -> None:
+    from torchvision import datasets
+
+    sets = {"caltech101": datasets.Caltech101, "caltech256": datasets.Caltech256, "dtd": datasets.DTD}
+    if name not in sets:
+        raise DataError(f"data.download: torchvision has no download of {name}; put it under {root} yourself")
+    root.mkdir(parents=True, exist_ok=True)
+    sets[name](root, download=True)
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; data.root or PIEBRIDGE_DATA must lead to the data set")
+    return path
+
+
+def _photos(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
+
+
+def _class_folders(folder: Path, ignored: frozenset[str] | set[str] = frozenset()):
+    names = sorted(path.name for path in _folder(folder).iterdir() if path.is_dir() and path.name[0] != ".")
+    classes = [name for name in names if name not in ignored]
+    if len(classes) < 2:
+        raise DataError(f"{folder}: needs at least two class folders, found {len(classes)}")
+    sources, labels = [], []
+    for label, name in enumerate(classes):
+        photos = _photos(folder / name)
+        if not photos:
+            raise DataError(f"{folder / name}: no images in this class folder ({', '.join(sorted(PHOTO_SUFFIXES))})")
+        sources += photos
+        labels += [label] * len(photos)
+    return sources, labels, None, classes
+
+
+def _dtd(folder: Path):
+    images, sources, labels, splits = _folder(folder / "images"), [], [], []
+    classes = sorted(path.name for path in images.iterdir() if path.is_dir())
+    for split, file in (("train", "train1.txt"), ("validation", "val1.txt"), ("test", "test1.txt")):
+        path = folder / "labels" / file
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; DTD's own splits are needed")
+        for line in path.read_text(encoding="utf-8").split():
+            name = line.split("/")[0]
+            if name not in classes:
+                raise DataError(f"{path}: class {name!r} has no folder in {images}")
+            sources.append(images / line)
+            labels.append(classes.index(name))
+            splits.append(split)
+    return sources, labels, splits, classes
+
+
+def _dogs_vs_cats(folder: Path):
+    sources, labels = [], []
+    for label, name in enumerate(("cat", "dog")):
+        photos = sorted(_folder(folder).glob(f"{name}.*.jpg"), key=lambda path: int(path.name.split(".")[1]))
+        if not photos:
+            raise DataError(f"{folder}: no images named {name}.<number>.jpg")
+        sources += photos
+        labels += [label] * len(photos)
+    return sources, labels, None, ["cat", "dog"]
+
+
+def _own_folder(folder: Path):
+    names = {path.name: path for path in _folder(folder).iterdir() if path.is_dir()}
+    parts = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+    present = {parts[name]: path for name, path in names.items() if name in parts}
+    if "train" not in present:
+        return _class_folders(folder)
+    if "test" not in present:
+        raise DataError(f"{folder}: has a train folder but no test folder")
+    sources, labels, splits, classes = [], [], [], None
+    for split, path in present.items():
+        part_sources, part_labels, _, part_classes = _class_folders(path)
+        classes = classes or part_classes
+        if part_classes != classes:
+            odd = sorted(set(part_classes) ^ set(classes))[0]
+            raise DataError(f"{path}: class {odd!r} is not in both this folder and {present['train']}")
+        sources, labels = sources + part_sources, labels + part_labels
+        splits += [split] * len(part_sources)
+    return sources, labels, splits, classes
+
+
+def _split(
+    config: DataConfig, labels: Sequence[int], splits: Optional[Sequence[str]], classes: Sequence[str],
+    generator: np.random.Generator,
+) -> dict[str, np.ndarray]:
+    """Indices of each split: class by class, at random, the same for the same seed."""
+    chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
+    labels = np.asarray(labels)
+    own = np.asarray(splits) if splits is not None else None
+    for label, name in enumerate(classes):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        if own is None:
+            wanted = config.train_per_class or len(members) - max(1, round(config.test_share * len(members)))
+            if wanted >= len(members):
+                raise DataError(
+                    f"class {name!r} has {len(members)} images: data.train_per_class={wanted} leaves none to test on"
+                )
+            fitting, testing, holding = members[:wanted], members[wanted:], None
+        else:
+            fitting, testing, holding = (members[own[members] == part] for part in ("train", "test", "validation"))
+            if config.train_per_class and config.train_per_class > len(fitting):
+                raise DataError(
+                    f"class {name!r} has {len(fitting)} training images, fewer than "
+                    f"data.train_per_class={config.train_per_class}"
+                )
+            fitting = fitting[: config.train_per_class]
+        if holding is None or not len(holding):
+            held = max(1, round(config.validation_share * len(fitting)))
+            if held >= len(fitting):
+                raise DataError(f"class {name!r} has {len(fitting)} training image(s): too few to hold out a validation image")
+            holding, fitting = fitting[:held], fitting[held:]
+        if not len(fitting) or not len(testing):
+            raise DataError(f"class {name!r} has no {'training' if not len(fitting) else 'test'} images")
+        for part, indices in (("train", fitting), ("validation", holding), ("test", testing[: config.test_per_class])):
+            chosen[part] += indices.tolist()
+    return {part: np.array(indices) for part, indices in chosen.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- decoding
+
+
+def decode(
+    sources: Sequence[Source], side: int, memory_mib: int, scratch: Optional[Path] = None, skip_corrupt: bool = False,
+    progress: str = "decoding images",
+) -> tuple[Tensor, np.ndarray]:
+    """Decode images once: RGB, shorter side resized to `side`, centre square.
+
+    Args:
+        sources: files, their contents, or uint8 arrays (H, W, 3).
+        side: side of the square result, pixels.
+        memory_mib: above this size (MiB) the images go to a memory-mapped file in `scratch`, removed with the tensor.
+        skip_corrupt: leave images out that cannot be decoded (and name them) instead of raising.
+
+    Returns:
+        uint8 tensor of shape (N, 3, side, side) in channels-last memory order, and a boolean array (N,): decoded.
+
+    Raises:
+        DataError: an image that cannot be decoded, by name.
+    """
+    shape = (len(sources), side, side, 3)
+    if np.prod(shape, dtype=np.int64) > memory_mib * 2**20:
+        if scratch is not None:
+            scratch.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=scratch)  # has no name: gone when the last user of the mapping is
+        store = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+    else:
+        store = np.empty(shape, dtype=np.uint8)
+    good = np.ones(len(sources), dtype=bool)
+
+    def place(index: int) -> None:
+        try:
+            store[index] = _decode_one(sources[index], side)
+        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            name = sources[index] if isinstance(sources[index], Path) else f"image {index}"
+            if not skip_corrupt:
+                raise DataError(
+                    f"{name}: cannot be decoded ({error}); remove it, or set data.on_corrupt=skip to leave it out"
+                ) from error
+            good[index] = False
+            tqdm.write(f"left out, cannot be decoded: {name}")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(place, range(len(sources))), total=len(sources), desc=progress, disable=len(sources) < 500)
+        for _ in bar:
+            pass
+    return torch.from_numpy(store).permute(0, 3, 1, 2), good
+
+
+def _decode_one(source: Source, side: int) -> np.ndarray:
+    if isinstance(source, np.ndarray):
+        image = Image.fromarray(source)
+    else:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image.draft("RGB", (side, side))  # JPEG only: decode no larger than needed
+    width, height = image.size
+    image = image.convert("RGB")
+    left, top = (width - min(width, height)) / 2, (height - min(width, height)) / 2
+    box = (left, top, left + min(width, height), top + min(width, height))
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=box))
+
+
+# ------------------------------------------------------------------------------------------------------ cloud side
+
+
+def load_cloud(study: Study) -> CloudImages:
+    """The public images that subnets are aligned on and the router learns from.
+
+    Raises:
+        DataError: no images in the folder that `cloud.data` names.
+    """
+    config, side = study.cloud, study.backbone.resolution
+    if config.data == "characters":
+        characters = render_characters(config.images + config.held_out, side, study.seed)
+        pixels = torch.from_numpy(characters.images).permute(0, 3, 1, 2)
+        return CloudImages(
+            pixels[: config.images], pixels[config.images :], torch.from_numpy(characters.labels[: config.images]),
+            torch.from_numpy(characters.difficulty[config.images :]),
+        )
+    sources, held_out = _public_images(_cloud_folder(Path(config.data)), config.held_out, study.seed)
+    unlimited = 2**30  # a cloud machine holds its images in memory
+    train, _ = decode(sources, round(1.25 * side), unlimited, progress="decoding cloud images")
+    return CloudImages(train, decode(held_out, side, unlimited)[0])
+
+
+def _cloud_folder(path: Path) -> Path:
+    data = os.environ.get("PIEBRIDGE_DATA")
+    for folder in (path.expanduser(), Path(data) / path if data else path):
+        if folder.is_dir():
+            return folder
+    raise DataError(f"cloud.data: {path}: no such folder, neither here nor below PIEBRIDGE_DATA")
+
+
+def _public_images(folder: Path, held_out: int, seed: int) -> tuple[list[Source], list[Source]]:
+    """(training, held-out) images: Parquet files named validation-* are held out; without any, a random part is."""
+    import pyarrow.parquet as parquet
+
+    def read(path: Path) -> list[Source]:
+        return [image["bytes"] for image in parquet.read_table(path, columns=["image"])["image"].to_pylist()]
+
+    train: list[Source] = list(_photos(folder))
+    validation: list[Source] = []
+    for path in sorted(folder.rglob("*.parquet")):
+        (validation if path.name.startswith("validation") else train).extend(read(path))
+    generator = np.random.default_rng(seed)
+    if validation:
+        validation = [validation[i] for i in generator.permutation(len(validation))[:held_out]]
+    else:
+        order = generator.permutation(len(train))
+        train, validation = [train[i] for i in order[held_out:]], [train[i] for i in order[:held_out]]
+    if not train or not validation:
+        raise DataError(f"{folder}: {len(train)} training and {len(validation)} held-out images; more are needed")
+    return train, validation
+
+

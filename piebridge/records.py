@@ -1,0 +1,184 @@
+"""Records: one tidy row of evidence a run, with what ran, where, what it cost and what it reached.
+
+Accuracies are in percent, times in seconds. Files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Optional
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """One finished run of one method. Every `*_seconds` but `eval_seconds` is part of `train_seconds`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    study: str
+    dataset: str
+    backbone: str
+    resolution: int
+    regime: str = "plain"
+    method: str
+    variant: str
+    seed: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    train_images: int
+    test_images: int
+    test_accuracy: float  # after the last epoch: the main figure
+    best_test_accuracy: float  # of the best epoch, the appendix's metric: chosen by looking at the test split
+    val_accuracy: Optional[float] = None  # of the last epoch, only where validation images were held out
+    train_seconds: float
+    prefix_seconds: float
+    suffix_seconds: float
+    router_seconds: float
+    correction_seconds: float
+    cache_seconds: float
+    engine_seconds: float
+    data_seconds: float
+    eval_seconds: float
+    original_share: float  # share of all latents used that the original prefix computed
+    trainable_params: int
+    total_params: int
+    train_gmacs: float
+    peak_memory_mib: float
+    energy_j: Optional[float] = None
+    device: str
+    threads: int
+    torch: str
+    commit: str
+    started_at: str
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        OSError: the folder is not writable or the disk is full; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV, whole or not at all."""
+    write_atomically(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def to_table(records: list[Record]) -> pd.DataFrame:
+    """One row a record, columns in the order of `Record`'s fields."""
+    return pd.DataFrame([record.model_dump() for record in records], columns=list(Record.model_fields))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read records written by `write_table`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a column of `Record` is missing; the message names the file and the column.
+    """
+    table = pd.read_csv(path)
+    missing = [name for name in Record.model_fields if name not in table.columns]
+    if missing:
+        raise ValueError(f"{path}: not a table of records: column {missing[0]!r} is missing")
+    return table
+
+
+def table_1(records: pd.DataFrame, accuracy: str = "best_test_accuracy") -> pd.DataFrame:
+    """The appendix's Table 1 in its own shape: rows Time (hours) and Acc. (percent), columns Ours, PET, FTAll.
+
+    Args:
+        records: rows of one study; means over its seeds are taken.
+        accuracy: `best_test_accuracy` is the appendix's metric, `test_accuracy` the final epoch's.
+
+    Raises:
+        ValueError: a method of the three was not run.
+    """
+    methods = {"Ours": "piebridge", "PET": "pet", "FTAll": "full"}
+    absent = [method for method in methods.values() if method not in set(records["method"])]
+    if absent:
+        raise ValueError(f"Table 1 needs the methods piebridge, pet and full; {absent[0]!r} was not run")
+    means = records.groupby("method")[["train_seconds", accuracy]].mean()
+    rows = {
+        "Time": [means.loc[method, "train_seconds"] / 3600 for method in methods.values()],
+        "Acc.": [means.loc[method, accuracy] for method in methods.values()],
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(methods))
+
+
+def speedups(records: pd.DataFrame) -> pd.DataFrame:
+    """Mean seconds and accuracies a method, how many times faster than `pet` and `full`, and points above `pet`.
+
+    Columns: train_seconds, test_accuracy, best_test_accuracy, faster_than_pet, faster_than_full, points_above_pet;
+    indexed by method in order of appearance. A ratio whose yardstick was not run is NaN.
+    """
+    order = list(dict.fromkeys(records["method"]))
+    table = records.groupby("method")[["train_seconds", "test_accuracy", "best_test_accuracy"]].mean().loc[order]
+    for rival in ("pet", "full"):
+        seconds = table["train_seconds"].get(rival, float("nan"))
+        table[f"faster_than_{rival}"] = seconds / table["train_seconds"]
+    table["points_above_pet"] = table["test_accuracy"] - table["test_accuracy"].get("pet", float("nan"))
+    return table
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what a run is made: torch, commit, started_at (UTC)."""
+    return {
+        "torch": version("torch"),
+        "commit": commit(),
+        "started_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def commit() -> str:
+    """The commit of this source tree, with `+` if it has uncommitted changes; `unknown` outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def code_fingerprint() -> str:
+    """Eight hexadecimal digits of this package's sources: results of other code are not continued."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def processor_name() -> str:
+    """The CPU's marketing name where the system tells it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
