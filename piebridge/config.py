@@ -152,15 +152,21 @@ class RoutingConfig(Section):
     cost: Annotated[float, Field(gt=0, le=1)] = Field(
         0.4, description="Budget: mean cost of a latent relative to the original's, everything counted."
     )
+    cached_cost: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.6, description="piebridge_cached's budget: cost of all latents relative to one pass of the original."
+    )
+    costs: Literal["measured", "macs"] = Field(
+        "measured", description="Relative costs: timed on this device when training starts, or the subnets' MACs."
+    )
     subnet: Annotated[int, Field(ge=0)] = Field(
-        0, description="The cheap subnet's index in the family; 0: the most faithful one that costs at most half the budget."
+        0, description="The cheap subnet's index in the family; 0: the most faithful one that takes at most 60 % of the budget."
     )
     difficulty: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Weight of the router's difficulty beside the loss in an image's priority; 0: loss alone."
     )
     correction: bool = Field(True, description="Correct the subnet's latents towards the original's by a ridge map.")
     pairs: Annotated[int, Field(ge=2)] = Field(
-        300, description="Images put through both networks in the first epoch to fit the correction."
+        100, description="Images put through both networks in the first epoch to fit the correction."
     )
     refit_pairs: Annotated[int, Field(ge=0)] = Field(
         0, description="New pairs gathered in every later epoch to refit the correction."
@@ -185,7 +191,7 @@ class TrainingConfig(Section):
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of SGD.")
     window: PositiveInt = Field(256, description="Coming images whose latents are computed together.")
-    prefix_batch: PositiveInt = Field(16, description="Images a pass of a frozen prefix.")
+    prefix_batch: PositiveInt = Field(32, description="Images a pass of a frozen prefix.")
     last_k: PositiveInt = Field(1, description="Blocks that the method last_k trains besides the head.")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0: as many as the machine has cores.")
     device: str = Field("cpu", description="Torch device of training.")

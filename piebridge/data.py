@@ -241,6 +241,22 @@ def _split(
 # -------------------------------------------------------------------------------------------------------- decoding
 
 
+def allocate(shape: tuple[int, ...], dtype: np.dtype, memory_mib: int, scratch: Optional[Path]) -> np.ndarray:
+    """An array in memory, or above `memory_mib` (MiB) in a memory-mapped file that vanishes with it.
+
+    Args:
+        shape, dtype: of the array; its content is arbitrary.
+        memory_mib: limit.
+        scratch: folder of the file, made if absent; default: the system's temporary folder.
+    """
+    if np.prod(shape, dtype=np.int64) * dtype.itemsize <= memory_mib * 2**20:
+        return np.empty(shape, dtype=dtype)
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
+    file = tempfile.TemporaryFile(dir=scratch)  # has no name: gone when the last user of the mapping is
+    return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+
+
 def decode(
     sources: Sequence[Source], side: int, memory_mib: int, scratch: Optional[Path] = None, skip_corrupt: bool = False,
     progress: str = "decoding images",
@@ -259,14 +275,7 @@ def decode(
     Raises:
         DataError: an image that cannot be decoded, by name.
     """
-    shape = (len(sources), side, side, 3)
-    if np.prod(shape, dtype=np.int64) > memory_mib * 2**20:
-        if scratch is not None:
-            scratch.mkdir(parents=True, exist_ok=True)
-        file = tempfile.TemporaryFile(dir=scratch)  # has no name: gone when the last user of the mapping is
-        store = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
-    else:
-        store = np.empty(shape, dtype=np.uint8)
+    store = allocate((len(sources), side, side, 3), np.dtype(np.uint8), memory_mib, scratch)
     good = np.ones(len(sources), dtype=bool)
 
     def place(index: int) -> None:

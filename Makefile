@@ -1,0 +1,37 @@
+# Each target sets up .venv by itself. The two that matter: `make book` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+STUDY ?= params/embedded.yaml
+SET ?=
+BIN := .venv/bin
+SNAKEMAKE := $(BIN)/snakemake --snakefile Snakefile --cores 1 --rerun-incomplete --quiet rules host --nolock
+export MPLBACKEND := agg
+export PYTHONHASHSEED := 0
+
+.PHONY: book study test lint clean
+
+book: .venv/.installed  ## execute all notebooks with the embedded study and build the book
+	@$(SNAKEMAKE) --config study=params/embedded.yaml overrides="" -- book
+	@echo "The book: $(CURDIR)/_build/html/index.html"
+
+study: .venv/.installed  ## run any study: make study STUDY=params/<name>.yaml SET="training.epochs=3 seed=1"
+	@$(BIN)/python -m piebridge check "$(STUDY)" --set '$(SET)'
+	@$(SNAKEMAKE) --config study="$(STUDY)" overrides='$(SET)' -- study
+	@$(BIN)/python -m piebridge summary "$(STUDY)" --set '$(SET)'
+
+test: .venv/.installed  ## the test suite
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest
+
+clean:  ## remove everything that was made, but not .venv
+	rm -rf _build .snakemake
+
+.venv/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; call make with PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "Setting up .venv (a few minutes, once) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt \
+	  | grep --line-buffered -E '^(Collecting|Installing|Successfully)'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	@touch $@

@@ -1,0 +1,234 @@
+"""An experiment: all methods and seeds of a study, one after the other, each finished run kept at once.
+
+A run that was killed leaves nothing behind but the finished ones before it: the next call continues after them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Optional
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import costs, records
+from .backbones import Backbone
+from .cloud import obtain_backbone, obtain_family, obtain_router
+from .config import Study, study_folder
+from .data import Task, load_task
+from .engines import prepare
+from .methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, Setting, calibrate
+from .records import Record
+from .subnets import latents_of
+from .training import Outcome, Plan, accuracy, fit
+
+
+@dataclass
+class Experiment:
+    """A study made ready: data decoded, backbone, family and router at hand.
+
+    Attributes:
+        study: parameters.
+        task: the decoded target task.
+        backbone: pretrained and frozen.
+        setting: what methods are given, for the final runs: training and validation images together.
+        folder: where runs are kept.
+    """
+
+    study: Study
+    task: Task
+    backbone: Backbone
+    setting: Setting
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self._test_latents: dict[str, Tensor] = {}  # by cut: latents of the original prefix, for evaluation only
+
+
+def open_experiment(study: Study) -> Experiment:
+    """Load and make everything that a study's runs need.
+
+    Raises:
+        StudyError, DataError, WeightsError, FamilyError: see there.
+    """
+    torch.set_num_threads(study.training.threads or os.cpu_count() or 1)
+    folder = study_folder(study)
+    folder.mkdir(parents=True, exist_ok=True)
+    task = load_task(study, folder)
+    backbone = obtain_backbone(study)
+    family = router = None
+    if NEEDS_FAMILY & set(study.training.methods):
+        family = obtain_family(study, backbone)
+        if study.routing.difficulty:
+            router = obtain_router(study, backbone, family)
+    indices = torch.cat([task.splits["train"], task.splits["validation"]])
+    setting = Setting(study, backbone, task.images[indices], len(task.classes), study.seed, family, router)
+    if SHARES_ROUTES & set(study.training.methods):
+        setting = calibrate(setting)
+    return Experiment(study, task, backbone, setting, folder)
+
+
+def run(experiment: Experiment) -> pd.DataFrame:
+    """Run all methods and seeds that are not done yet; writes records.csv and history.csv into the study's folder.
+
+    Returns:
+        The records, one row a run, in the order of the study's methods.
+    """
+    study, runs = experiment.study, experiment.folder / "runs"
+    finished: list[Record] = []
+    histories = []
+    rates = learning_rates(experiment)
+    for method in study.training.methods:
+        for seed in study.training.seeds:
+            place = runs / f"{method}-seed{seed}"
+            record = _finished(place)
+            if record is None:
+                record = _run_one(experiment, method, seed, rates[method], place)
+            else:
+                print(f"{method}, seed {seed}: done before, on {record.started_at}")
+            finished.append(record)
+            history = pd.read_csv(place / "history.csv")
+            histories.append(history.assign(method=method, seed=seed))
+    table = records.to_table(finished)
+    records.write_table(experiment.folder / "history.csv", pd.concat(histories, ignore_index=True))
+    records.write_table(experiment.folder / "records.csv", table)
+    return table
+
+
+def learning_rates(experiment: Experiment) -> dict[str, float]:
+    """The learning rate of each method: the study's, or else the best of `training.learning_rates` on validation.
+
+    Tuning trains on the training split alone, with every candidate the same number of epochs, and keeps its table as
+    tuning.csv in the study's folder.
+    """
+    study = experiment.study
+    chosen = dict(study.training.learning_rate)
+    rows = []
+    for method in study.training.methods:
+        if method in chosen:
+            continue
+        reached = {}
+        for rate in study.training.learning_rates:
+            place = experiment.folder / "tuning" / f"{method}-{rate:g}"
+            record = _finished(place) or _run_one(experiment, method, study.seed, rate, place, hold_out=True)
+            reached[rate] = record.val_accuracy
+            rows.append({"study": study.name, "method": method, "learning_rate": rate, "val_accuracy": reached[rate]})
+        chosen[method] = max(reached, key=reached.get)
+    if rows:
+        records.write_table(experiment.folder / "tuning.csv", pd.DataFrame(rows))
+    return chosen
+
+
+def _finished(place: Path) -> Optional[Record]:
+    """The record of a run that the present code finished."""
+    path = place / "record.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Record.model_validate(content["record"]) if content["code"] == records.code_fingerprint() else None
+
+
+def _run_one(
+    experiment: Experiment, method: str, seed: int, learning_rate: float, place: Path, hold_out: bool = False
+) -> Record:
+    """Train with one method and seed; what it leaves in `place` counts once record.json is there."""
+    study, task = experiment.study, experiment.task
+    provenance = records.provenance()
+    splits = ("train",) if hold_out else ("train", "validation")
+    indices = torch.cat([task.splits[name] for name in splits])
+    images = task.images[indices] if hold_out else experiment.setting.images
+    (place / "record.json").unlink(missing_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
+    setting = replace(experiment.setting, images=images, seed=seed)
+    torch.manual_seed(seed)
+    plan = REGISTRY[method](setting)
+
+    def evaluate(suffix: nn.Module) -> dict[str, float]:
+        if hold_out:
+            return {"val_accuracy": _accuracy(experiment, plan, suffix, "validation")}
+        return {"test_accuracy": _accuracy(experiment, plan, suffix, "test")}
+
+    description = f"{method}, {'tuning ' + format(learning_rate, 'g') if hold_out else f'seed {seed}'}"
+    outcome = fit(
+        plan, images, task.labels[indices], study.training, learning_rate, seed, evaluate, study.data.memory_mib,
+        experiment.folder, description,
+    )
+    record = _record(experiment, method, seed, learning_rate, plan, outcome, len(images), provenance)
+    _keep(experiment, plan, outcome, record, place)
+    return record
+
+
+def _accuracy(experiment: Experiment, plan: Plan, suffix: nn.Module, split: str) -> float:
+    """On the original network, always."""
+    task, device = experiment.task, experiment.study.training.device
+    indices = task.splits[split]
+    if len(plan.split.prefix):
+        key = f"{plan.split.cut} {split}"
+        if key not in experiment._test_latents:
+            images = task.images[indices]
+            runner = prepare(plan.split.prefix, "eager", images[:1])
+            parts = [latents_of(runner, batch.to(device)).cpu() for batch in images.split(64)]
+            experiment._test_latents[key] = torch.cat(parts)
+        known = experiment._test_latents[key]
+        return accuracy(suffix, lambda chosen: known[chosen].to(device), task.labels[indices], torch.arange(len(known)))
+    return accuracy(suffix, lambda chosen: task.images[chosen].to(device), task.labels, indices)
+
+
+def _record(
+    experiment: Experiment, method: str, seed: int, learning_rate: float, plan: Plan, outcome: Outcome, count: int,
+    provenance: dict,
+) -> Record:
+    study, training = experiment.study, experiment.study.training
+    on_gpu = torch.device(training.device).type == "cuda"
+    trainable, in_suffix = costs.parameter_counts(plan.split.suffix)
+    in_prefix = costs.parameter_counts(plan.split.prefix)[1]
+    history, seconds = outcome.history, outcome.seconds
+    tests = history.get("test_accuracy", pd.Series([float("nan")]))
+    return Record(
+        study=study.name, dataset=study.data.name, backbone=study.backbone.name, resolution=study.backbone.resolution,
+        method=method, variant=plan.policy.describe(), seed=seed, epochs=training.epochs,
+        batch_size=training.batch_size, learning_rate=learning_rate, train_images=count,
+        test_images=len(experiment.task.splits["test"]), test_accuracy=tests.iloc[-1], best_test_accuracy=tests.max(),
+        val_accuracy=history["val_accuracy"].iloc[-1] if "val_accuracy" in history else None,
+        **{f"{item}_seconds": seconds.get(item, 0.0) for item in (
+            "train", "prefix", "suffix", "router", "correction", "cache", "engine", "data", "eval")},
+        original_share=history["original_share"].mean(), trainable_params=trainable,
+        total_params=in_prefix + in_suffix, train_gmacs=_training_gmacs(experiment, plan, outcome, count),
+        peak_memory_mib=outcome.peak_memory_mib, energy_j=outcome.energy_j,
+        device=torch.cuda.get_device_name() if on_gpu else records.processor_name(),
+        threads=torch.get_num_threads(), **provenance,
+    )
+
+
+def _training_gmacs(experiment: Experiment, plan: Plan, outcome: Outcome, count: int) -> float:
+    """Multiply-accumulates of the whole training: every prefix pass that was run, and the suffix's both ways."""
+    device = experiment.study.training.device
+    example = experiment.backbone.example().to(device)
+    total = sum(outcome.computed[index] * costs.macs(network, example) for index, network in plan.networks.items())
+    with torch.no_grad():
+        latents = plan.split.prefix.to(device)(example)
+    return (total + count * experiment.study.training.epochs * costs.training_macs(plan.split.suffix, latents)) / 1e9
+
+
+def _keep(experiment: Experiment, plan: Plan, outcome: Outcome, record: Record, place: Path) -> None:
+    """Write history, trained tensors and, last, the record: only with it the run counts as finished."""
+    records.write_table(place / "history.csv", outcome.history)
+    trained = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in plan.split.suffix.named_parameters()
+        if parameter.requires_grad
+    }
+    notes = {
+        "study": experiment.study.model_dump_json(), "method": record.method, "classes": json.dumps(experiment.task.classes),
+        "weights_fingerprint": experiment.backbone.fingerprint,
+    }
+    partial = place / ".trained.safetensors"
+    save_file(trained, partial, metadata=notes)
+    partial.replace(place / "trained.safetensors")
+    content = {"code": records.code_fingerprint(), "record": record.model_dump()}
+    records.write_atomically(place / "record.json", json.dumps(content, indent=1))

@@ -1,0 +1,115 @@
+"""The window: images and their routes in, latents out. Here engines, caches and corrections meet.
+
+A frozen prefix is in evaluation mode, so a latent does not depend on the batch it is computed in. For a window of
+coming images each route's images are therefore run together in batches that suit the machine, whatever the order in
+which the suffix takes its steps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .costs import Stopwatch
+from .data import allocate
+from .engines import Runner
+from .routing import Correction
+
+
+class LatentSource:
+    """Computes, remembers and corrects latents.
+
+    Args:
+        images: uint8, shape (N, 3, H, W): the training images, on the CPU.
+        runners: what runs each member of the family that routes point to, by its index; 0 is the original.
+        batch_size: images a pass.
+        device: where latents are wanted.
+        stopwatch: seconds go to `data`, `prefix`, `cache` and `correction`.
+        cached: keep every (image, member) latent and never compute it again.
+        correction: of all members but the original, or None.
+        memory_mib: a member's cache above this size goes to a memory-mapped file in `scratch`.
+    """
+
+    def __init__(
+        self, images: Tensor, runners: dict[int, Runner], batch_size: int, device: str, stopwatch: Stopwatch,
+        cached: bool = False, correction: Optional[Correction] = None, memory_mib: int = 2048,
+        scratch: Optional[Path] = None,
+    ) -> None:
+        self.images, self.runners, self.batch_size, self.device = images, runners, batch_size, device
+        self.stopwatch, self.cached, self.correction = stopwatch, cached, correction
+        self.memory_mib, self.scratch = memory_mib, scratch
+        self.computed = dict.fromkeys(runners, 0)  # images run through each member
+        self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # member: (latents, which are there)
+
+    def window(self, indices: Tensor, routes: Tensor, pairs: Tensor, pair_route: int) -> Tensor:
+        """Latents of a window.
+
+        Args:
+            indices: int64, shape (W,): images.
+            routes: int64, shape (W,): the member of each.
+            pairs: int64, shape (P,): images (any) that also go through `pair_route`, to learn the correction.
+            pair_route: the member that is corrected.
+
+        Returns:
+            Shape (W, ...), on the device.
+        """
+        latents: Optional[Tensor] = None
+        for route in routes.unique().tolist():
+            places = torch.nonzero(routes == route).flatten()
+            part = self._of_member(route, indices[places])
+            if route == 0 and len(pairs):
+                self._pair(indices[places], part, pairs, pair_route)
+            if route > 0 and self.correction is not None:
+                with self.stopwatch("correction"):
+                    part = self.correction.apply(route, part)
+            if latents is None:
+                layout = torch.channels_last if part.dim() == 4 else torch.contiguous_format
+                shape = (len(indices), *part.shape[1:])
+                latents = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
+            latents[places.to(part.device)] = part
+        return latents
+
+    def _pair(self, indices: Tensor, original: Tensor, pairs: Tensor, route: int) -> None:
+        paired = torch.isin(indices, pairs)
+        if self.correction is not None and paired.any():
+            cheap = self._of_member(route, indices[paired])
+            with self.stopwatch("correction"):
+                self.correction.add(route, cheap, original[paired.to(original.device)])
+
+    def _of_member(self, route: int, indices: Tensor) -> Tensor:
+        if not self.cached:
+            return self._compute(route, indices)
+        if route in self._stores:
+            missing = indices[~self._stores[route][1][indices]]
+        else:
+            missing = indices
+        if len(missing):
+            fresh = self._compute(route, missing)
+            with self.stopwatch("cache"):
+                if route not in self._stores:
+                    self._stores[route] = self._new_store(fresh)
+                latents, there = self._stores[route]
+                latents[missing] = fresh.cpu()
+                there[missing] = True
+        with self.stopwatch("cache"):
+            return self._stores[route][0][indices].to(self.device)
+
+    def _compute(self, route: int, indices: Tensor) -> Tensor:
+        self.computed[route] += len(indices)
+        parts = []
+        for chosen in indices.split(self.batch_size):
+            with self.stopwatch("data"):
+                batch = self.images[chosen].to(self.device)
+            with self.stopwatch("prefix"):
+                parts.append(self.runners[route](batch))
+        return torch.cat(parts)
+
+    def _new_store(self, example: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (len(self.images), *example.shape[1:])
+        dtype = np.dtype(str(example.dtype).removeprefix("torch."))
+        store = torch.from_numpy(allocate(shape, dtype, self.memory_mib, self.scratch))
+        return store, torch.zeros(len(self.images), dtype=torch.bool)

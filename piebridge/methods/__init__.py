@@ -1,0 +1,25 @@
+"""The methods that are compared, by name. Each is a function from a `Setting` to a `Plan` for the one training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..training import Plan
+from . import cached, fixed, full, last_k, pet, piebridge, piebridge_cached, random
+from .setting import Setting, calibrate
+
+REGISTRY: dict[str, Callable[[Setting], Plan]] = {
+    "full": full.plan,
+    "pet": pet.plan,
+    "last_k": last_k.plan,
+    "cached": cached.plan,
+    "fixed": fixed.plan,
+    "random": random.plan,
+    "piebridge": piebridge.plan,
+    "piebridge_cached": piebridge_cached.plan,
+}
+
+SHARES_ROUTES = {"random", "piebridge", "piebridge_cached"}  # part subnet, part original: needs their costs
+NEEDS_FAMILY = SHARES_ROUTES | {"fixed"}
+
+__all__ = ["NEEDS_FAMILY", "REGISTRY", "SHARES_ROUTES", "Setting", "calibrate"]

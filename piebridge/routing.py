@@ -1,0 +1,228 @@
+"""Routing: which prefix an image gets in each epoch, and the correction of what the cheap one gives.
+
+Algorithm (importance routing). Let c be the cheap subnet's relative cost and C the budget.
+
+1. First epoch: the first P images of the shuffled order go through the original and the subnet; a ridge map from the
+   subnet's latents to the original's is fitted on these pairs. All others get the subnet, corrected by the map.
+2. Every later epoch: the share q of the images with the highest priority goes to the original, the rest to the
+   subnet. An image's priority is the rank of its last loss, plus `difficulty` times the rank of the difficulty that
+   the router read off it. Both ways are open in every epoch: an image whose loss falls becomes cheap again.
+3. q is what the budget leaves after the subnet's passes, the pairs and the router.
+
+The artifact compared a batch's loss with its moving average and only ever made routes cheaper; each image's own last
+loss serves better (the book has the figures).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from sklearn.linear_model import RidgeCV
+from torch import Tensor
+
+SHRINKAGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, relative to the mean variance of the latents
+POSITIONS = 16  # of a map or token sequence, drawn for each pair when a correction is fitted
+
+
+class Correction:
+    """Ridge maps from subnets' latents to the original's, shrunk towards the identity.
+
+    A map acts on the channels: on vectors (B, C), on each position of maps (B, C, H, W), on each token (B, N, C).
+    Its strength is chosen by generalised cross-validation over the pairs (scikit-learn's RidgeCV).
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.maps: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, route: int, cheap: Tensor, original: Tensor) -> None:
+        """Keep pairs of latents, shape (B, ...), of the same images."""
+        cheap, original = _channels_last(cheap), _channels_last(original)
+        if cheap.dim() == 3:
+            positions = torch.randperm(cheap.shape[1], generator=self.generator)[:POSITIONS].to(cheap.device)
+            cheap, original = cheap[:, positions].flatten(0, 1), original[:, positions].flatten(0, 1)
+        self.pairs.setdefault(route, []).append((cheap.float().cpu(), original.float().cpu()))
+
+    def fit(self, route: int) -> None:
+        """Fit the map of one subnet on all its pairs so far; with fewer than two there is none."""
+        cheap, original = (torch.cat(side) for side in zip(*self.pairs.get(route, [(torch.empty(0), torch.empty(0))])))
+        if len(cheap) < 2:
+            return
+        # RidgeCV scales with the number of samples; regressing the difference shrinks the map to the identity
+        strengths = [share * len(cheap) * cheap.var(0).mean().item() for share in SHRINKAGES]
+        ridge = RidgeCV(alphas=[max(strength, 1e-12) for strength in strengths])
+        ridge.fit(cheap.numpy(), (original - cheap).numpy())
+        weight = torch.from_numpy(ridge.coef_).float().T + torch.eye(cheap.shape[1])
+        self.maps[route] = (weight, torch.from_numpy(ridge.intercept_).float())
+
+    def apply(self, route: int, latents: Tensor) -> Tensor:
+        """The corrected latents, in the shape given; unchanged while no map is fitted."""
+        if route not in self.maps:
+            return latents
+        weight, offset = (part.to(latents.device) for part in self.maps[route])
+        if latents.dim() == 4:
+            return torch.einsum("bchw,cd->bdhw", latents, weight) + offset.view(1, -1, 1, 1)
+        return latents @ weight + offset
+
+
+def _channels_last(latents: Tensor) -> Tensor:
+    """(B, C) stays, maps become (B, H*W, C)."""
+    return latents.flatten(2).transpose(1, 2) if latents.dim() == 4 else latents
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """What an epoch does.
+
+    Attributes:
+        routes: int64, shape (N,): the subnet of each training image, 0 is the original.
+        pairs: int64, shape (P,): images that go through the original and the cheap subnet, to fit the correction.
+    """
+
+    routes: Tensor
+    pairs: Tensor
+
+
+NO_PAIRS = torch.empty(0, dtype=torch.int64)
+
+
+class FixedRoute:
+    """Every image gets the same subnet in every epoch; with pairs in the first, if the latents are corrected.
+
+    Args:
+        route: the subnet.
+        pairs: images paired in the first epoch; 0 for the original or without correction.
+    """
+
+    def __init__(self, route: int, pairs: int = 0) -> None:
+        self.route, self.pairs = route, pairs
+
+    def plan(self, epoch: int, order: Tensor) -> EpochPlan:
+        """The routes of an epoch, given its shuffled order, int64 (N,)."""
+        routes = torch.full((len(order),), self.route)
+        pairs = order[: self.pairs] if epoch == 0 else NO_PAIRS
+        routes[pairs] = 0
+        return EpochPlan(routes, pairs)
+
+    def observe(self, indices: Tensor, losses: Tensor) -> None:
+        """Losses, shape (B,), of the images that were just trained on; a fixed route does not care."""
+
+    def describe(self) -> str:
+        return "original" if self.route == 0 else f"subnet {self.route}"
+
+
+class SharedRoute:
+    """A cheap subnet for most images, the original for a share of them that changes from epoch to epoch.
+
+    Args:
+        count: training images, N.
+        route: the cheap subnet.
+        share: q, of the images that get the original in each epoch after the first.
+        pairs: P, images paired in the first epoch.
+        refit_pairs: images of the original's share paired in every later epoch.
+        random: draw the share at random instead of by priority.
+        difficulty: shape (N,), of the router, already weighted; None without a router.
+        seed: of random draws and of ties.
+        buy_epochs: 0: the share is chosen anew in every epoch. Else (with a cache, where an original latent is paid
+            once): the share grows evenly over so many epochs and an image that got the original keeps it.
+    """
+
+    def __init__(
+        self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, random: bool = False,
+        difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0,
+    ) -> None:
+        self.count, self.route, self.share = count, route, share
+        self.pairs, self.refit_pairs, self.random = min(pairs, count), refit_pairs, random
+        self.buy_epochs = buy_epochs
+        self.difficulty = torch.zeros(count) if difficulty is None else difficulty
+        self.losses = torch.full((count,), torch.nan)
+        self.bought = torch.zeros(count, dtype=torch.bool)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def plan(self, epoch: int, order: Tensor) -> EpochPlan:
+        """The routes of an epoch, given its shuffled order, int64 (N,)."""
+        routes = torch.full((self.count,), self.route)
+        if epoch == 0:
+            pairs = order[: self.pairs]
+            routes[pairs] = 0
+            self.bought[pairs] = True
+            return EpochPlan(routes, pairs)
+        priority = self._priority()
+        wanted = round(self.share * self.count)
+        if self.buy_epochs:
+            wanted = round(wanted * min(1.0, epoch / self.buy_epochs)) + len(order[: self.pairs])
+            priority[self.bought] = torch.inf
+        chosen = priority.topk(min(wanted, self.count)).indices
+        routes[chosen] = 0
+        self.bought[chosen] = True
+        return EpochPlan(routes, chosen[torch.randperm(len(chosen), generator=self.generator)][: self.refit_pairs])
+
+    def observe(self, indices: Tensor, losses: Tensor) -> None:
+        """Remember the losses, shape (B,), of the images that were just trained on."""
+        self.losses[indices] = losses
+
+    def describe(self) -> str:
+        return f"subnet {self.route}, {100 * self.share:.0f} % original"
+
+    def _priority(self) -> Tensor:
+        noise = torch.rand(self.count, generator=self.generator)
+        if self.random:
+            return noise
+        return ranks(self.losses) + self.difficulty + 1e-6 * noise
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks of a vector, scaled to [0, 1]; NaN ranks highest."""
+    order = values.nan_to_num(nan=torch.inf).argsort(stable=True)
+    result = torch.empty(len(values))
+    result[order] = torch.linspace(0, 1, len(values))
+    return result
+
+
+def original_share(budget: float, cheap: float, router: float, count: int, epochs: int, pairs: int, refit: int) -> float:
+    """q: the share of images that get the original in each epoch after the first, such that a budget is met.
+
+    Args:
+        budget: mean cost of a latent over the whole training, relative to the original's.
+        cheap: relative cost of the cheap subnet.
+        router: relative cost of the router's one pass over an image.
+        count: training images.
+        epochs: of training.
+        pairs: images paired in the first epoch, each costing the original and the subnet.
+        refit: images of the original's share paired in every later epoch.
+
+    Raises:
+        ValueError: the budget does not even pay for the subnet.
+    """
+    paired = min(pairs, count)
+    first = count * cheap + paired + router * count
+    left = budget * epochs * count - first - (epochs - 1) * (count + refit) * cheap
+    if left < 0:
+        raise ValueError(_too_small("routing.cost", budget, budget - left / (epochs * count)))
+    return min(1.0, left / (max(1, epochs - 1) * count * (1 - cheap)))
+
+
+def cached_share(budget: float, cheap: float, router: float, count: int, pairs: int) -> float:
+    """The share of images whose original latent a cached run buys besides the pairs, such that a budget is met.
+
+    Args:
+        budget: cost of all latents relative to one pass of the original over all images.
+        cheap, router, count, pairs: as for `original_share`.
+
+    Raises:
+        ValueError: the budget does not even pay for the subnet.
+    """
+    left = (budget - cheap - router) * count - min(pairs, count)
+    if left < 0:
+        raise ValueError(_too_small("routing.cached_cost", budget, budget - left / count))
+    return min(1.0, left / count)
+
+
+def _too_small(key: str, budget: float, needed: float) -> str:
+    return (
+        f"{key}: {budget} does not pay for the cheap subnet, the pairs and the router, which take {needed:.2f} alone; "
+        "raise it, or choose a cheaper routing.subnet or fewer routing.pairs"
+    )

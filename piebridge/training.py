@@ -1,0 +1,194 @@
+"""The training loop: one for every method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional, Protocol
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from . import costs
+from .config import TrainingConfig
+from .engines import Runner
+from .latents import LatentSource
+from .pet import Split
+from .routing import Correction, EpochPlan
+
+
+class Policy(Protocol):
+    """Says each epoch which member an image gets: see `routing`."""
+
+    route: int
+
+    def plan(self, epoch: int, order: Tensor) -> EpochPlan: ...
+
+    def observe(self, indices: Tensor, losses: Tensor) -> None: ...
+
+    def describe(self) -> str: ...
+
+
+@dataclass
+class Plan:
+    """What a method does, for the one loop.
+
+    Attributes:
+        split: the network, cut.
+        networks: the frozen prefixes that routes point to, by index in the family; none in full training.
+        runners: what runs them.
+        policy: routes.
+        cached: keep latents.
+        corrected: correct those of subnets.
+        seconds: what preparing cost already, by item (engine, router); counts as training time.
+    """
+
+    split: Split
+    networks: dict[int, nn.Module]
+    runners: dict[int, Runner]
+    policy: Policy
+    cached: bool = False
+    corrected: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        history: a row an epoch: epoch (from 1), train_seconds (so far), loss, original_share, and the accuracies that
+            `evaluate` returned.
+        seconds: by item, and `train` for the whole without evaluation.
+        computed: images run through each member, by index.
+        peak_memory_mib: of the process or GPU while training.
+        energy_j: joules, where the device tells.
+    """
+
+    history: pd.DataFrame
+    seconds: dict[str, float]
+    computed: dict[int, int]
+    peak_memory_mib: float
+    energy_j: Optional[float]
+
+
+def fit(
+    plan: Plan, images: Tensor, labels: Tensor, config: TrainingConfig, learning_rate: float, seed: int,
+    evaluate: Callable[[nn.Module], dict[str, float]], memory_mib: int = 2048, scratch: Optional[Path] = None,
+    description: str = "training",
+) -> Outcome:
+    """Train the suffix of a plan; the prefix is never changed.
+
+    Every image is used exactly once an epoch, the last batch may be smaller. SGD with momentum, learning rate on a
+    cosine from its peak to zero.
+
+    Args:
+        plan: what the method does.
+        images: uint8, shape (N, 3, H, W), on the CPU.
+        labels: int64, shape (N,).
+        config: epochs, batch_size, momentum, window, prefix_batch, device.
+        learning_rate: peak.
+        seed: of the order of images.
+        evaluate: called with the suffix after every epoch, outside the training time; returns percentages by name.
+        memory_mib, scratch: limit and place of a cache of latents.
+        description: of the progress bar.
+    """
+    device, count = config.device, len(images)
+    suffix = plan.split.suffix.to(device).to(memory_format=torch.channels_last)
+    trained = [parameter for parameter in suffix.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=learning_rate, momentum=config.momentum, fused=True)
+    stopwatch = costs.Stopwatch(device)
+    correction = Correction(seed) if plan.corrected else None
+    source = LatentSource(
+        images, plan.runners, config.prefix_batch, device, stopwatch, plan.cached, correction, memory_mib, scratch
+    )
+    generator = torch.Generator().manual_seed(seed)
+    labels_there = labels.to(device)
+    steps = config.epochs * math.ceil(count / config.batch_size)
+    history, step = [], 0
+    costs.reset_peak_memory(device)
+    energy = costs.energy_counter_j()
+    bar = tqdm(total=config.epochs * count, desc=description, unit="image")
+    for epoch in range(config.epochs):
+        with stopwatch("train"):
+            order = torch.randperm(count, generator=generator)
+            epoch_plan = plan.policy.plan(epoch, order)
+            losses, paired = [], 0
+            for window in _windows(order, epoch_plan, config):
+                routes = epoch_plan.routes[window]
+                latents = source.window(window, routes, epoch_plan.pairs, plan.policy.route)
+                with stopwatch("suffix"):
+                    for batch, chosen in zip(latents.split(config.batch_size), window.split(config.batch_size)):
+                        rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                        losses.append(_step(suffix, batch, labels_there[chosen], optimizer, rate))
+                        step += 1
+                plan.policy.observe(window, torch.cat(losses[-math.ceil(len(window) / config.batch_size) :]).cpu())
+                fresh_pairs = int(torch.isin(window, epoch_plan.pairs).sum())
+                paired += fresh_pairs
+                if correction is not None and fresh_pairs and paired == len(epoch_plan.pairs):
+                    with stopwatch("correction"):
+                        correction.fit(plan.policy.route)
+                bar.update(len(window))
+        with stopwatch("eval"):
+            reached = evaluate(suffix)
+        seconds_so_far = stopwatch.seconds["train"] + sum(plan.seconds.values())
+        history.append(
+            {
+                "epoch": epoch + 1, "train_seconds": seconds_so_far, "loss": torch.cat(losses).mean().item(),
+                "original_share": (epoch_plan.routes == 0).float().mean().item(), **reached,
+            }
+        )
+        bar.set_postfix({name: f"{value:.1f}" for name, value in reached.items()})
+    bar.close()
+    spent = None if energy is None else costs.energy_counter_j() - energy
+    seconds = dict(stopwatch.seconds)
+    for item, value in plan.seconds.items():
+        seconds[item] = seconds.get(item, 0.0) + value
+        seconds["train"] += value
+    return Outcome(
+        pd.DataFrame(history), seconds, source.computed, costs.peak_memory_mib(device),
+        spent if spent is not None and spent >= 0 else None,
+    )
+
+
+def _windows(order: Tensor, plan: EpochPlan, config: TrainingConfig) -> list[Tensor]:
+    """The order in pieces; pairs at its front are pieces of their own, so that what follows is corrected already.
+
+    A piece is a whole number of batches long, except the last: batches are the same whatever the window.
+    """
+    size = max(config.batch_size, config.window // config.batch_size * config.batch_size)
+    front = len(plan.pairs) if torch.equal(order[: len(plan.pairs)], plan.pairs) else 0
+    front = math.ceil(front / config.batch_size) * config.batch_size
+    pieces = [*order[:front].split(size), *order[front:].split(size)]
+    return [piece for piece in pieces if len(piece)]
+
+
+def _step(suffix: nn.Module, latents: Tensor, labels: Tensor, optimizer: torch.optim.SGD, rate: float) -> Tensor:
+    """One step; returns the loss of each image, shape (B,)."""
+    optimizer.param_groups[0]["lr"] = rate
+    losses = functional.cross_entropy(suffix(latents), labels, reduction="none")
+    optimizer.zero_grad(set_to_none=True)
+    losses.mean().backward()
+    optimizer.step()
+    return losses.detach()
+
+
+def accuracy(suffix: nn.Module, latents: Callable[[Tensor], Tensor], labels: Tensor, indices: Tensor) -> float:
+    """Percentage of images classified rightly.
+
+    Args:
+        suffix: latents to logits.
+        latents: gives the latents of images by their indices.
+        labels: int64, shape (N,), of all images.
+        indices: int64, shape (M,): which are evaluated.
+    """
+    right = 0
+    with torch.inference_mode():
+        for chosen in indices.split(64):
+            right += (suffix(latents(chosen)).argmax(1).cpu() == labels[chosen]).sum().item()
+    return 100 * right / len(indices)
