@@ -43,7 +43,7 @@ rule notebook:
     params: overrides=OVERRIDES
     shell:
         # Papermill leaves a partial notebook when it is killed: the output appears only when all cells ran.
-        "{sys.executable} -m papermill {input.notebook:q} {log:q} -p study {input.study:q} -p overrides {params.overrides:q} "
+        "TQDM_MININTERVAL=5 {sys.executable} -m papermill {input.notebook:q} {log:q} -p study {input.study:q} -p overrides {params.overrides:q} "
         "--log-output --no-progress-bar --log-level WARNING && cp {log:q} {output:q}"
 
 

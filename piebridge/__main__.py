@@ -1,4 +1,4 @@
-"""The package's commands: `python -m piebridge generate` (cloud side) and `python -m piebridge predict` (use)."""
+"""The package's commands: check a study, sum up its records, generate or measure a family, classify photos."""
 
 from __future__ import annotations
 
@@ -7,11 +7,51 @@ import sys
 from pathlib import Path
 
 from . import records
-from .config import StudyError, load_study
+from .config import load_study, study_folder
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Validate a study and say where its results go."""
+    study = load_study(arguments.study, arguments.set)
+    print(f"{arguments.study} is valid; results go to {study_folder(study)}")
+
+
+def summary(arguments: argparse.Namespace) -> None:
+    """Print what a study's runs cost and reached."""
+    folder = study_folder(load_study(arguments.study, arguments.set))
+    path = folder / "records.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: this study has not been run: make study STUDY={arguments.study}")
+    table = records.read_table(path)
+    device, threads = table[["device", "threads"]].iloc[0]
+    print(f"\n{table['study'].iloc[0]} on {device}, {threads} threads\n")
+    shown = records.speedups(table)
+    print(shown.round({"train_seconds": 1, "test_accuracy": 2, "best_test_accuracy": 2, "points_above_pet": 2,
+                       "faster_than_pet": 2, "faster_than_full": 2}).to_string(na_rep="-"))
+    best = table["method"].iloc[-1] if "piebridge" not in set(table["method"]) else "piebridge"
+    trained = folder / "runs" / f"{best}-seed{table['seed'].iloc[0]}" / "trained.safetensors"
+    print(f"\nRecords: {path}\nTrained with {best}: {trained}")
+    print(f"Use it: .venv/bin/python -m piebridge predict {trained} photo.jpg")
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Classify photos with the original network and the trained modules of a run."""
+    import torch
+
+    from .data import decode
+    from .experiment import load_trained
+
+    network, classes, resolution = load_trained(arguments.trained)
+    images, _ = decode(arguments.photos, resolution, memory_mib=2**20)
+    with torch.inference_mode():
+        for photo, image in zip(arguments.photos, images):
+            probabilities = network(image[None]).softmax(1)[0]
+            best = int(probabilities.argmax())
+            print(f"{photo}: {classes[best]} ({100 * probabilities[best]:.1f} %)")
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Prune, align and save a family and its router."""
+    """Prune, align and save a family and its router: the cloud side, on a machine with a GPU."""
     from .backbones import load_backbone
     from .cloud import generate_family, learn_router
     from .data import load_cloud
@@ -24,10 +64,30 @@ def generate(arguments: argparse.Namespace) -> None:
     save_family(family, arguments.output)
     records.write_table(arguments.output / "alignment.csv", history)
     save_router(learn_router(study, backbone, family), study.router, arguments.output)
+    _print_family(family)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure the latencies of a family again, on this machine, and write them into its manifest."""
+    import torch
+
+    from .backbones import load_backbone
+    from .subnets import PREFIX_BATCH, load_family, measure_latencies, read_manifest, write_manifest
+
+    study = load_study(arguments.study, arguments.set)
+    torch.set_num_threads(study.training.threads or torch.get_num_threads())
+    backbone = load_backbone(study.backbone)
+    family = load_family(arguments.family, backbone, read_manifest(arguments.family).cut)
+    family = measure_latencies(family, backbone.example(PREFIX_BATCH))
+    write_manifest(family.manifest, arguments.family)
+    _print_family(family)
+
+
+def _print_family(family) -> None:
     for facts in family.manifest.subnets:
         print(
             f"width {facts.width:.2f}  without {','.join(facts.removed) or '-':18s} {facts.resolution:3d} px  "
-            f"MACs {facts.relative_macs:.3f}  latency {facts.relative_latency:.3f}  fidelity {facts.fidelity:.3f}"
+            f"MACs {facts.relative_macs:.3f}  latency {facts.relative_latency:.3f}  fidelity {facts.fidelity or 0:.3f}"
         )
 
 
@@ -35,15 +95,23 @@ def main() -> int:
     """Run a command; bad input ends with a message and status 2."""
     parser = argparse.ArgumentParser(prog="python -m piebridge", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    command = commands.add_parser("generate", help=generate.__doc__)
-    command.add_argument("study", help="a study of params/, by name or path")
-    command.add_argument("--set", default="", help='overrides, for example "cloud.steps=100 seed=1"')
-    command.add_argument("--output", type=Path, required=True, help="folder of the family")
-    command.set_defaults(run=generate)
+    for function in (check, summary, generate, measure):
+        command = commands.add_parser(function.__name__, help=function.__doc__)
+        command.add_argument("study", help="a study of params/, by name or path")
+        command.add_argument("--set", default="", help='overrides, for example "training.epochs=3 seed=1"')
+        command.set_defaults(run=function)
+        if function is generate:
+            command.add_argument("--output", type=Path, required=True, help="folder of the family")
+        if function is measure:
+            command.add_argument("--family", type=Path, required=True, help="folder of the family")
+    command = commands.add_parser("predict", help=predict.__doc__)
+    command.add_argument("trained", type=Path, help="trained.safetensors of a run")
+    command.add_argument("photos", type=Path, nargs="+", help="image files")
+    command.set_defaults(run=predict)
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)
-    except (StudyError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -127,7 +127,7 @@ def random_crops(images: Tensor, resolution: int, smallest_area: float, generato
     grid = functional.affine_grid(
         torch.stack([across, down], dim=1), (count, 3, resolution, resolution), align_corners=False
     )
-    crops = functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    crops = functional.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
     contrast, brightness = uniform(0.7, 1.3).view(-1, 1, 1, 1), uniform(-30, 30).view(-1, 1, 1, 1)
     means = crops.mean((1, 2, 3), keepdim=True)
     jittered = ((crops - means) * contrast + means + brightness).clamp(0, 255)

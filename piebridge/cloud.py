@@ -24,8 +24,18 @@ from .embedded import SmallResNet
 from .pet import cut_of
 from .router import Router, load_router, member_losses, save_router, train_router
 from .subnets import (
-    PREFIX_BATCH, Family, FamilyError, Manifest, cut_subnet, facts_of, fidelity, latents_of, load_family,
-    measure_latencies, read_manifest, save_family,
+    PREFIX_BATCH,
+    Family,
+    FamilyError,
+    Manifest,
+    cut_subnet,
+    facts_of,
+    fidelity,
+    latents_of,
+    load_family,
+    measure_latencies,
+    read_manifest,
+    save_family,
 )
 
 ROUTER_IMAGES = 10_000  # public images that the router learns from, at most
@@ -128,7 +138,7 @@ def generate_family(study: Study, backbone: Backbone, images: CloudImages) -> tu
         The family (on the CPU, from dear to cheap, latencies measured on this machine's CPU) and the alignment's
         history as `align` gives it.
     """
-    config, device = study.cloud, torch.device(study.cloud.device)
+    config, device, started = study.cloud, torch.device(study.cloud.device), records.provenance()
     original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
     sample = images.held_out[:64].to(device)
     members = [(spec, *cut_subnet(original, spec, sample)) for spec in config.subnets]
@@ -138,7 +148,7 @@ def generate_family(study: Study, backbone: Backbone, images: CloudImages) -> tu
         networks = [network for _, network, _ in members]
         history = align(networks, original, tail, images.train, backbone.resolution, config, study.seed)
     provenance = {
-        **records.provenance(), "study": study.name, "steps": config.steps, "batch_size": config.batch_size,
+        **started, "study": study.name, "steps": config.steps, "batch_size": config.batch_size,
         "images": len(images.train), "held_out": len(images.held_out),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else records.processor_name(),
         "alignment_seconds": round(float(history["seconds"].max()), 1) if len(history) else 0.0,

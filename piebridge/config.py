@@ -80,7 +80,7 @@ class PetConfig(Section):
     """What is trained: the kind of parameter-efficient training decides the cut."""
 
     kind: Literal["head", "last_k", "adapter", "lora"] = Field("head", description="Trainable module.")
-    blocks: PositiveInt = Field(2, description="last_k, adapter, lora: how many of the last blocks are trained or adapted.")
+    blocks: PositiveInt = Field(2, description="last_k, adapter, lora: how many of the last blocks are concerned.")
     bottleneck: PositiveInt = Field(32, description="adapter: channels of the bottleneck.")
     rank: PositiveInt = Field(8, description="lora: rank of the update.")
 
@@ -88,7 +88,7 @@ class PetConfig(Section):
 class SubnetSpec(Section):
     """How one subnet differs from the original; 1.0, 1.0 and no resolution is the original itself."""
 
-    width: Annotated[float, Field(ge=0.05, le=1.0)] = Field(1.0, description="Share of the channels kept in every layer.")
+    width: Annotated[float, Field(ge=0.05, le=1.0)] = Field(1.0, description="Share of channels kept in every layer.")
     depth: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         1.0, description="Share kept of the blocks that can be removed; those least needed go first."
     )
@@ -159,7 +159,7 @@ class RoutingConfig(Section):
         "measured", description="Relative costs: timed on this device when training starts, or the subnets' MACs."
     )
     subnet: Annotated[int, Field(ge=0)] = Field(
-        0, description="The cheap subnet's index in the family; 0: the most faithful one that takes at most 60 % of the budget."
+        0, description="The cheap subnet's index in the family; 0: the most faithful one for 60 % of the budget."
     )
     difficulty: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Weight of the router's difficulty beside the loss in an image's priority; 0: loss alone."
@@ -220,7 +220,7 @@ class Study(Section):
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Study":
+    def _consistent(self) -> Study:
         for spec in self.cloud.subnets:
             if spec.resolution is not None and spec.resolution > self.backbone.resolution:
                 raise ValueError(
@@ -291,7 +291,7 @@ def _find(source: str | Path) -> Path:
         if path.is_file():
             return path
     known = sorted(path.stem for path in (project_root() / "params").glob("*.yaml"))
-    raise StudyError(f"no study {str(source)!r}: neither a file nor one of params/ ({', '.join(known) or 'none there'})")
+    raise StudyError(f"no study {str(source)!r}: neither a file nor one of params/ ({', '.join(known) or 'empty'})")
 
 
 def _override(values: dict[str, Any], pair: str) -> None:

@@ -229,7 +229,7 @@ def _split(
         if holding is None or not len(holding):
             held = max(1, round(config.validation_share * len(fitting)))
             if held >= len(fitting):
-                raise DataError(f"class {name!r} has {len(fitting)} training image(s): too few to hold out a validation image")
+                raise DataError(f"class {name!r} has {len(fitting)} training image(s): too few to hold one out")
             holding, fitting = fitting[:held], fitting[held:]
         if not len(fitting) or not len(testing):
             raise DataError(f"class {name!r} has no {'training' if not len(fitting) else 'test'} images")
@@ -253,7 +253,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype, memory_mib: int, scratch: 
         return np.empty(shape, dtype=dtype)
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(dir=scratch)  # has no name: gone when the last user of the mapping is
+    file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - nameless: gone when the last user of the mapping is
     return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
 
 

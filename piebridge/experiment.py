@@ -13,16 +13,18 @@ from typing import Optional
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import costs, records
-from .backbones import Backbone
+from .backbones import Backbone, WeightsError
 from .cloud import obtain_backbone, obtain_family, obtain_router
-from .config import Study, study_folder
+from .config import PetConfig, Study, study_folder
 from .data import Task, load_task
 from .engines import prepare
 from .methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, Setting, calibrate
+from .pet import split, split_all
 from .records import Record
 from .subnets import latents_of
 from .training import Outcome, Plan, accuracy, fit
@@ -103,21 +105,27 @@ def run(experiment: Experiment) -> pd.DataFrame:
 def learning_rates(experiment: Experiment) -> dict[str, float]:
     """The learning rate of each method: the study's, or else the best of `training.learning_rates` on validation.
 
-    Tuning trains on the training split alone, with every candidate the same number of epochs, and keeps its table as
-    tuning.csv in the study's folder.
+    With a single candidate nothing is tuned. Tuning trains on the training split alone, with every candidate the same
+    number of epochs, and keeps its table as tuning.csv in the study's folder.
     """
     study = experiment.study
     chosen = dict(study.training.learning_rate)
     rows = []
+    candidates = study.training.learning_rates
     for method in study.training.methods:
         if method in chosen:
             continue
+        if len(candidates) == 1:
+            chosen[method] = candidates[0]
+            continue
         reached = {}
-        for rate in study.training.learning_rates:
+        for rate in candidates:
             place = experiment.folder / "tuning" / f"{method}-{rate:g}"
             record = _finished(place) or _run_one(experiment, method, study.seed, rate, place, hold_out=True)
             reached[rate] = record.val_accuracy
-            rows.append({"study": study.name, "method": method, "learning_rate": rate, "val_accuracy": reached[rate]})
+            rows.append(
+                {"study": study.name, "method": method, "learning_rate": rate, "val_accuracy": reached[rate]}
+            )
         chosen[method] = max(reached, key=reached.get)
     if rows:
         records.write_table(experiment.folder / "tuning.csv", pd.DataFrame(rows))
@@ -224,7 +232,8 @@ def _keep(experiment: Experiment, plan: Plan, outcome: Outcome, record: Record, 
         if parameter.requires_grad
     }
     notes = {
-        "study": experiment.study.model_dump_json(), "method": record.method, "classes": json.dumps(experiment.task.classes),
+        "study": experiment.study.model_dump_json(), "method": record.method,
+        "classes": json.dumps(experiment.task.classes),
         "weights_fingerprint": experiment.backbone.fingerprint,
     }
     partial = place / ".trained.safetensors"
@@ -232,3 +241,35 @@ def _keep(experiment: Experiment, plan: Plan, outcome: Outcome, record: Record, 
     partial.replace(place / "trained.safetensors")
     content = {"code": records.code_fingerprint(), "record": record.model_dump()}
     records.write_atomically(place / "record.json", json.dumps(content, indent=1))
+
+
+def load_trained(path: Path) -> tuple[nn.Module, list[str], int]:
+    """The original network with the modules that a run trained.
+
+    Args:
+        path: trained.safetensors of a run.
+
+    Returns:
+        The network, uint8 images (B, 3, H, W) to logits, in evaluation mode; the class names; the side that images
+        are to be resized to, pixels.
+
+    Raises:
+        WeightsError: not such a file, or the backbone's weights are not those it was trained with.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            notes = file.metadata()
+        study, classes = Study.model_validate_json(notes["study"]), json.loads(notes["classes"])
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: not what a run saved as trained.safetensors ({error})") from error
+    backbone = obtain_backbone(study)
+    if backbone.fingerprint != notes["weights_fingerprint"]:
+        raise WeightsError(f"{path}: trained with other weights of {backbone.name} than those found now")
+    if notes["method"] == "full":
+        parts = split_all(backbone, len(classes), seed=0)
+    elif notes["method"] == "last_k":
+        parts = split(backbone, PetConfig(kind="last_k", blocks=study.training.last_k), len(classes), seed=0)
+    else:
+        parts = split(backbone, study.pet, len(classes), seed=0)
+    parts.suffix.load_state_dict(load_file(path), strict=False)
+    return nn.Sequential(parts.prefix, parts.suffix).eval(), classes, backbone.resolution

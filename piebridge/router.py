@@ -50,7 +50,9 @@ class Router(nn.Module):
             return self(images).softmax(1) @ self.relative_costs
 
 
-def train_router(images: Tensor, losses: Tensor, relative_costs: list[float], config: RouterConfig, seed: int) -> Router:
+def train_router(
+    images: Tensor, losses: Tensor, relative_costs: list[float], config: RouterConfig, seed: int
+) -> Router:
     """Learn to send each image to a member that serves it, at a wanted mean cost.
 
     Minimises the chosen member's loss plus `cost_weight` times the squared gap between mean cost and `target_cost`.

@@ -182,7 +182,9 @@ def ranks(values: Tensor) -> Tensor:
     return result
 
 
-def original_share(budget: float, cheap: float, router: float, count: int, epochs: int, pairs: int, refit: int) -> float:
+def original_share(
+    budget: float, cheap: float, router: float, count: int, epochs: int, pairs: int, refit: int
+) -> float:
     """q: the share of images that get the original in each epoch after the first, such that a budget is met.
 
     Args:

@@ -22,6 +22,7 @@ from torch.nn import functional
 from . import costs
 from .backbones import Backbone, Input, TokenEmbedding
 from .config import SubnetSpec
+from .records import write_atomically
 
 PREFIX_BATCH = 16  # images a pass when latencies are measured: the window's usual group
 
@@ -302,8 +303,7 @@ def save_family(family: Family, folder: Path) -> None:
             save_file(tensors, file)
             file.chmod(0o644)  # the library makes files that only their owner can read
             facts.append(member.model_copy(update={"file": file.name, "sha256": _sha256(file)}))
-        manifest = family.manifest.model_copy(update={"subnets": tuple(facts)})
-        (staged / "manifest.json").write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
+        write_manifest(family.manifest.model_copy(update={"subnets": tuple(facts)}), staged)
         for other in folder.glob("*") if folder.is_dir() else ():
             if other.name not in {path.name for path in staged.iterdir()} and not other.name.startswith("subnet_"):
                 shutil.copy2(other, staged / other.name)
@@ -314,6 +314,11 @@ def save_family(family: Family, folder: Path) -> None:
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write manifest.json into a family's folder, whole or not at all."""
+    write_atomically(folder / "manifest.json", json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

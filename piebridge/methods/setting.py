@@ -92,7 +92,8 @@ def shared_plan(setting: Setting, random: bool = False, cached: bool = False) ->
         difficulty = routing.difficulty * ranks(torch.cat(read))
         seconds["router"] = time.perf_counter() - start
         example = setting.backbone.example()
-        router_cost = costs.macs(setting.router.body, example) / costs.macs(parts.prefix.cpu(), example)
+        prefix_macs = costs.macs(parts.prefix, example.to(study.training.device))
+        router_cost = costs.macs(setting.router.body, example) / prefix_macs
     pairs = routing.pairs if routing.correction else 0
     count, epochs = len(setting.images), study.training.epochs
     if cached:  # an original latent is paid once, and so is the subnet's
@@ -109,7 +110,7 @@ def shared_plan(setting: Setting, random: bool = False, cached: bool = False) ->
 
 
 def cheap_route(setting: Setting) -> int:
-    """The family's index of the cheap subnet: the study's choice, else the most faithful that takes 60 % of the budget.
+    """The family's index of the cheap subnet: the study's choice, else the most faithful for 60 % of the budget.
 
     Raises:
         ValueError: the study's choice is not in the family.
@@ -123,14 +124,14 @@ def cheap_route(setting: Setting) -> int:
 def most_faithful(family: Family, limit: float) -> int:
     """Index of the subnet of highest fidelity whose relative cost is at most `limit`; the cheapest if none is."""
     members = list(enumerate(family.manifest.subnets))[1:]
-    affordable = [(index, facts) for index, facts in members if (facts.relative_latency or facts.relative_macs) <= limit]
+    affordable = [member for member in members if (member[1].relative_latency or member[1].relative_macs) <= limit]
     if not affordable:
         return min(members, key=lambda member: member[1].relative_macs)[0]
     return max(affordable, key=lambda member: (member[1].fidelity or 0.0, member[1].relative_macs))[0]
 
 
 def calibrate(setting: Setting) -> Setting:
-    """The setting with the cheap subnet's relative cost: its latency on this device now, or its MACs, as the study says.
+    """The setting with the cheap subnet's relative cost: timed on this device now, or its MACs, as the study says.
 
     Original and subnet are timed in turn, so that a drift of the machine hits both.
     """
