@@ -7,6 +7,8 @@ from piebridge.config import load_study, study_folder
 STUDY = config.get("study", "params/embedded.yaml")
 OVERRIDES = str(config.get("overrides", "") or "")
 
+BIN = Path(sys.executable).parent
+
 study = load_study(STUDY, OVERRIDES)
 folder = study_folder(study)
 sources = sorted(str(path) for path in Path("piebridge").rglob("*.py"))
@@ -58,4 +60,4 @@ rule book:
     shell:
         "rm -rf _build/book _build/html && mkdir -p _build/book && cp -r book/. _build/book/ && "
         "cp -r {params.notebooks:q} _build/book/notebooks && "
-        "{sys.executable} -m jupyter_book build -q -W -n --keep-going --path-output . _build/book"
+        "{BIN}/jupyter-book build -q -W -n --keep-going --path-output . _build/book"

@@ -50,7 +50,8 @@ def align(
     generator = torch.Generator(device).manual_seed(seed)
     parameters = [parameter for member in members for parameter in member.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1)
+    # a warm-up of exactly one step makes OneCycleLR divide by zero, hence the 1e-9
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1 + 1e-9)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     mean, variance = _moments(prefix, images, resolution, config, generator)
     history, start = [], time.perf_counter()

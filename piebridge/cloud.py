@@ -61,10 +61,10 @@ def pretrain(images: CloudImages, study: Study) -> SmallResNet:
     blocks = take_apart(model, "embedded", study.backbone.resolution).blocks.requires_grad_(True)
     blocks.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(study.seed)
-    count, size = len(images.train), 64
+    count, size = len(images.train), min(64, len(images.train))
     steps = study.cloud.backbone_epochs * (count // size)
     optimizer = torch.optim.AdamW(blocks.parameters(), lr=4e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.2 + 1e-9)
     blocks.train()
     bar = tqdm(total=steps, desc="pretraining the backbone")
     for _ in range(study.cloud.backbone_epochs):

@@ -276,7 +276,11 @@ def load_study(source: str | Path, overrides: str = "") -> Study:
         raise StudyError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise StudyError(f"{path}: a study is a mapping of sections, not a {type(values).__name__}")
-    for pair in shlex.split(overrides):
+    try:
+        pairs = shlex.split(overrides)
+    except ValueError as error:
+        raise StudyError(f"overrides {overrides!r}: {error}") from error
+    for pair in pairs:
         _override(values, pair)
     values.setdefault("name", path.stem)
     try:

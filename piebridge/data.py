@@ -303,7 +303,10 @@ def _decode_one(source: Source, side: int) -> np.ndarray:
     else:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         image.draft("RGB", (side, side))  # JPEG only: decode no larger than needed
+        image = ImageOps.exif_transpose(image)  # cameras note how they were held
     width, height = image.size
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
     image = image.convert("RGB")
     left, top = (width - min(width, height)) / 2, (height - min(width, height)) / 2
     box = (left, top, left + min(width, height), top + min(width, height))

@@ -155,6 +155,8 @@ def _run_one(
     setting = replace(experiment.setting, images=images, seed=seed)
     torch.manual_seed(seed)
     plan = REGISTRY[method](setting)
+    if hold_out and plan.networks:
+        plan.cached = True  # nobody times a tuning run, and kept latents are the same ones, computed once
 
     def evaluate(suffix: nn.Module) -> dict[str, float]:
         if hold_out:

@@ -42,8 +42,9 @@ class Correction:
         """Keep pairs of latents, shape (B, ...), of the same images."""
         cheap, original = _channels_last(cheap), _channels_last(original)
         if cheap.dim() == 3:
-            positions = torch.randperm(cheap.shape[1], generator=self.generator)[:POSITIONS].to(cheap.device)
-            cheap, original = cheap[:, positions].flatten(0, 1), original[:, positions].flatten(0, 1)
+            drawn = [torch.randperm(cheap.shape[1], generator=self.generator)[:POSITIONS] for _ in cheap]
+            positions = torch.stack(drawn).unsqueeze(2).to(cheap.device)
+            cheap, original = (side.take_along_dim(positions, 1).flatten(0, 1) for side in (cheap, original))
         self.pairs.setdefault(route, []).append((cheap.float().cpu(), original.float().cpu()))
 
     def fit(self, route: int) -> None:
@@ -204,7 +205,8 @@ def original_share(
     left = budget * epochs * count - first - (epochs - 1) * (count + refit) * cheap
     if left < 0:
         raise ValueError(_too_small("routing.cost", budget, budget - left / (epochs * count)))
-    return min(1.0, left / (max(1, epochs - 1) * count * (1 - cheap)))
+    dearer = max(1, epochs - 1) * count * (1 - cheap)
+    return min(1.0, left / dearer) if dearer else 1.0
 
 
 def cached_share(budget: float, cheap: float, router: float, count: int, pairs: int) -> float:

@@ -152,7 +152,8 @@ def cut_subnet(prefix: nn.Sequential, spec: SubnetSpec, images: Tensor) -> tuple
     if unknown:
         raise ValueError(f"subnet without {unknown[0]!r}: blocks that can be removed: {', '.join(candidates)}")
     removed = list(spec.without)
-    for _ in range(round((1 - spec.depth) * len(candidates))):
+    wanted = round((1 - spec.depth) * len(candidates))
+    for _ in range(min(wanted, len(candidates) - len(removed))):
         removed.append(_least_needed(prefix, candidates, removed, images, latents))
     kept = [(name, block) for name, block in subnet.named_children() if name not in removed]
     subnet = nn.Sequential(OrderedDict(kept))
@@ -329,11 +330,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FamilyError(f"{path}: no family here ({error.strerror})") from error
     except ValidationError as error:
         raise FamilyError(f"{path}: not a valid manifest: {error}") from error
+    if not manifest.subnets or any(facts.file is None for facts in manifest.subnets[1:]):
+        raise FamilyError(f"{path}: not a valid manifest: a subnet without a file")
+    return manifest
 
 
 def load_family(folder: Path, backbone: Backbone, cut: str) -> Family:

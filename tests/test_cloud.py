@@ -1,0 +1,112 @@
+"""The cloud side: made once, found again, never mixed up."""
+
+import shutil
+
+import pytest
+import torch
+from tiny import tiny_study
+
+from piebridge import cloud
+from piebridge.cloud import family_folder, free_family, learn_router, obtain_backbone, obtain_family, obtain_router
+from piebridge.data import load_cloud
+from piebridge.subnets import FamilyError, fidelity, latents_of
+
+
+def forbidden(*arguments):
+    raise AssertionError("made again")
+
+
+def test_what_was_made_is_found_again(tiny, monkeypatch):
+    for name in ("pretrain", "generate_family", "learn_router", "load_cloud"):
+        monkeypatch.setattr(cloud, name, forbidden)
+    study = tiny_study()
+    backbone = obtain_backbone(study)
+    assert backbone.fingerprint == tiny.backbone.fingerprint
+    family = obtain_family(study, backbone)
+    assert family.manifest == tiny.setting.family.manifest
+    router = obtain_router(study, backbone, family)
+    images = tiny.setting.images[:5]
+    assert torch.equal(router.difficulty(images), tiny.setting.router.difficulty(images))
+
+
+def test_pretraining_learns_and_follows_the_seed(tiny):
+    study = tiny_study("cloud.backbone_epochs=6")
+    images = load_cloud(study)
+    one, same = (cloud.pretrain(images, study).eval().state_dict() for _ in range(2))
+    assert all(torch.allclose(one[key], same[key], atol=1e-5) for key in one)
+    blocks = cloud.take_apart(cloud.pretrain(images, study), "embedded", 32).blocks
+    right = (blocks(images.train).argmax(1) == images.train_labels).float().mean()
+    assert right > 3 / 62
+
+
+def test_family_is_ordered_measured_and_of_this_backbone(tiny):
+    manifest = tiny.setting.family.manifest
+    assert manifest.weights_fingerprint == tiny.backbone.fingerprint
+    assert [facts.relative_macs for facts in manifest.subnets] == sorted((f.relative_macs for f in manifest.subnets), reverse=True)
+    assert manifest.subnets[0].relative_macs == manifest.subnets[0].fidelity == 1
+    assert all(facts.relative_latency > 0 for facts in manifest.subnets)
+    assert len(manifest.subnets[2].removed) == 2
+    assert manifest.latency_device
+    assert manifest.provenance["steps"] == tiny.study.cloud.steps
+
+
+def test_fidelity_in_the_manifest_is_that_of_the_files(tiny):
+    held_out = load_cloud(tiny.study).held_out
+    original = latents_of(tiny.setting.family.networks[0], held_out)
+    for facts, network in zip(tiny.setting.family.manifest.subnets, tiny.setting.family.networks):
+        centred, plain = fidelity(latents_of(network, held_out), original)
+        assert facts.fidelity == pytest.approx(centred.mean().item(), abs=2e-3)
+        assert facts.cosine == pytest.approx(plain.mean().item(), abs=2e-3)
+
+
+def test_alignment_table_lies_beside_the_family(tiny):
+    assert (family_folder(tiny.study, tiny.backbone) / "alignment.csv").is_file()
+
+
+@pytest.mark.parametrize("overrides", ["cloud.steps=7", "seed=1", "pet.kind=adapter", "router.steps=11", "cloud.subnets=[]"])
+def test_another_cloud_side_is_another_folder(tiny, overrides):
+    assert family_folder(tiny_study(overrides), tiny.backbone) != family_folder(tiny_study(), tiny.backbone)
+
+
+def test_device_side_values_share_the_family(tiny):
+    other = tiny_study("training.epochs=9 routing.pairs=4")
+    assert family_folder(other, tiny.backbone) == family_folder(tiny_study(), tiny.backbone)
+
+
+def test_a_family_is_found_by_its_path(tiny, tmp_path):
+    copied = shutil.copytree(family_folder(tiny.study, tiny.backbone), tmp_path / "copied")
+    study = tiny_study(f"cloud.family={copied}")
+    assert obtain_family(study, tiny.backbone).manifest == tiny.setting.family.manifest
+
+
+def test_unknown_family_is_named(tiny):
+    with pytest.raises(FamilyError, match=r"cloud\.family: no_such_family"):
+        family_folder(tiny_study("cloud.family=no_such_family"), tiny.backbone)
+
+
+def test_family_of_other_weights_is_refused(tiny, tmp_path):
+    copied = shutil.copytree(family_folder(tiny.study, tiny.backbone), tmp_path / "copied")
+    other = obtain_backbone(tiny_study("cloud.backbone_epochs=2"))
+    with pytest.raises(FamilyError, match="weights_fingerprint"):
+        obtain_family(tiny_study(f"cloud.family={copied}"), other)
+
+
+def test_the_free_family_is_the_original_at_lower_resolutions(tiny):
+    family = free_family(tiny_study("cloud.family=auto"), tiny.backbone)
+    assert [facts.resolution for facts in family.manifest.subnets] == [32, 24, 16, 16, 16]
+    assert all(facts.width == 1 and not facts.removed for facts in family.manifest.subnets)
+    weights = {name: tensor for name, tensor in family.networks[0].named_parameters()}
+    for network in family.networks[1:]:
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in network.named_parameters())
+
+
+def test_auto_without_a_shipped_family_makes_the_free_one(tiny):
+    family = obtain_family(tiny_study("cloud.family=auto"), tiny.backbone)
+    assert family.manifest.provenance["alignment"] == "none"
+
+
+def test_router_is_the_familys(tiny):
+    router = learn_router(tiny.study, tiny.backbone, tiny.setting.family)
+    assert router.relative_costs.tolist() == pytest.approx(tiny.setting.family.relative_macs)
+    images = tiny.setting.images[:5]
+    torch.testing.assert_close(router.difficulty(images), tiny.setting.router.difficulty(images))

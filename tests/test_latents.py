@@ -1,0 +1,99 @@
+"""The window: whatever batches, caches and routes, an image's latent is its own."""
+
+import pytest
+import torch
+
+from piebridge.costs import Stopwatch
+from piebridge.latents import LatentSource
+from piebridge.routing import Correction
+
+NOBODY = torch.empty(0, dtype=torch.int64)
+IMAGES = torch.randint(0, 256, (23, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+class Recorder:
+    """A runner that multiplies mean colours by its factor and remembers the sizes of its batches."""
+
+    def __init__(self, factor, maps=False):
+        self.factor, self.maps, self.sizes = factor, maps, []
+
+    def __call__(self, images):
+        self.sizes.append(len(images))
+        return images.float() * self.factor if self.maps else images.float().mean((2, 3)) * self.factor
+
+
+def source_of(maps=False, **options):
+    runners = {0: Recorder(1.0, maps), 2: Recorder(3.0, maps)}
+    stopwatch = Stopwatch()
+    return LatentSource(IMAGES, runners, 4, "cpu", stopwatch, **options), runners, stopwatch
+
+
+def expected_latents(indices, routes, maps=False):
+    latents = IMAGES.float() if maps else IMAGES.float().mean((2, 3))
+    factors = torch.where(routes == 0, 1.0, 3.0)
+    return latents[indices] * factors.view(-1, *[1] * (latents.dim() - 1))
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_each_image_gets_the_latent_of_its_route(cached, maps):
+    source, _, _ = source_of(maps, cached=cached)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        indices = torch.randperm(len(IMAGES), generator=generator)[:11]
+        routes = torch.randint(0, 2, (11,), generator=generator) * 2
+        latents = source.window(indices, routes, NOBODY, 2)
+        torch.testing.assert_close(latents, expected_latents(indices, routes, maps))
+
+
+def test_a_route_runs_in_its_own_batches():
+    source, runners, stopwatch = source_of()
+    source.window(torch.arange(12), torch.tensor([0, 2] * 5 + [0, 0]), NOBODY, 2)
+    assert runners[0].sizes == [4, 3]
+    assert runners[2].sizes == [4, 1]
+    assert source.computed == {0: 7, 2: 5}
+    assert set(stopwatch.seconds) == {"data", "prefix"}
+
+
+def test_a_cached_latent_is_computed_once():
+    source, runners, _ = source_of(cached=True)
+    for _ in range(3):
+        source.window(torch.arange(10), torch.zeros(10, dtype=torch.int64), NOBODY, 0)
+    assert source.computed[0] == 10
+    source.window(torch.arange(5, 15), torch.zeros(10, dtype=torch.int64), NOBODY, 0)
+    assert source.computed[0] == 15
+    source.window(torch.arange(5), torch.full((5,), 2), NOBODY, 2)
+    assert source.computed == {0: 15, 2: 5}
+    assert sum(runners[0].sizes) == 15
+
+
+def test_a_cache_beyond_memory_is_mapped(tmp_path):
+    images = torch.randint(0, 256, (6, 3, 128, 128), dtype=torch.uint8)
+    options = {"cached": True, "memory_mib": 1, "scratch": tmp_path / "scratch"}
+    source = LatentSource(images, {0: lambda batch: batch.float()}, 2, "cpu", Stopwatch(), **options)
+    for _ in range(2):
+        latents = source.window(torch.tensor([5, 0, 3]), torch.zeros(3, dtype=torch.int64), NOBODY, 0)
+        assert torch.equal(latents, images[[5, 0, 3]].float())
+    assert (tmp_path / "scratch").is_dir()
+    assert source.computed[0] == 3
+
+
+def test_pairs_are_the_same_images_latents():
+    correction = Correction(0)
+    source, _, stopwatch = source_of(correction=correction)
+    indices, pairs = torch.tensor([7, 1, 4, 9]), torch.tensor([4, 7, 20])
+    source.window(indices, torch.zeros(4, dtype=torch.int64), pairs, 2)
+    cheap, original = correction.pairs[2][0]
+    assert torch.equal(original, IMAGES[[7, 4]].float().mean((2, 3)))
+    torch.testing.assert_close(cheap, 3 * original)
+    assert source.computed == {0: 4, 2: 2}
+    assert "correction" in stopwatch.seconds
+
+
+def test_only_subnets_are_corrected():
+    correction = Correction(0)
+    correction.maps[2] = (torch.zeros(3, 3), torch.full((3,), 5.0))
+    source, _, _ = source_of(correction=correction)
+    latents = source.window(torch.arange(4), torch.tensor([0, 2, 0, 2]), NOBODY, 2)
+    assert torch.equal(latents[::2], IMAGES[[0, 2]].float().mean((2, 3)))
+    assert (latents[1::2] == 5).all()

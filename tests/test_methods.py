@@ -1,0 +1,203 @@
+"""Every method of the registry, with every kind of PET: what is frozen stays, what is trained changes."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny import bare_setting, copied_state, random_backbone, random_images, same_tensors, tiny_study
+
+from piebridge import costs
+from piebridge.cloud import free_family
+from piebridge.config import METHODS
+from piebridge.methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, calibrate
+from piebridge.methods.setting import cheap_route, most_faithful
+from piebridge.subnets import Family
+from piebridge.training import fit
+
+LABELS = torch.arange(13) % 3
+
+
+def setting_of(kind, backbone_name="embedded"):
+    """A setting with a family of untrained members, for any cut."""
+    overrides = f"pet.kind={kind} pet.blocks=1 pet.bottleneck=4 pet.rank=2 routing.subnet=1 routing.difficulty=0 routing.cost=0.9 routing.cached_cost=1"
+    bare = bare_setting(random_backbone(backbone_name), overrides)
+    family = free_family(bare.study, bare.backbone)
+    return calibrate(dataclasses.replace(bare, family=family))
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return {kind: setting_of(kind) for kind in ("head", "last_k", "adapter", "lora")}
+
+
+def states_of(setting):
+    networks = [setting.backbone.blocks, *setting.family.networks]
+    return [copied_state(network) for network in networks]
+
+
+@pytest.mark.parametrize("kind", ["head", "last_k", "adapter", "lora"])
+@pytest.mark.parametrize("method", REGISTRY)
+def test_frozen_tensors_stay_and_trained_ones_change(settings, method, kind):
+    setting = settings[kind]
+    plan = REGISTRY[method](setting)
+    frozen = states_of(setting)
+    trained = {name for name, parameter in plan.split.suffix.named_parameters() if parameter.requires_grad}
+    before = copied_state(plan.split.suffix)
+    outcome = fit(plan, setting.images, LABELS, setting.study.training, 0.01, 0, lambda suffix: {})
+    after = copied_state(plan.split.suffix)
+    assert all(same_tensors(*pair) for pair in zip(states_of(setting), frozen))
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == trained
+    assert all(math.isfinite(loss) for loss in outcome.history["loss"])
+    assert all(tensor.isfinite().all() for tensor in after.values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("method", REGISTRY)
+def test_plans_keep_to_the_loops_terms(settings, method):
+    setting = settings["head"]
+    plan = REGISTRY[method](setting)
+    assert set(plan.networks) <= set(plan.runners)
+    assert plan.policy.route in plan.runners
+    assert plan.policy.describe()
+    assert all(seconds >= 0 for seconds in plan.seconds.values())
+    for route, network in plan.networks.items():
+        with torch.inference_mode():
+            torch.testing.assert_close(plan.runners[route](setting.images), network(setting.images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", REGISTRY)
+def test_images_run_through_members(settings, method):
+    """How many images each member computes in three epochs of thirteen."""
+    setting = settings["head"]
+    plan = REGISTRY[method](setting)
+    computed = fit(plan, setting.images, LABELS, setting.study.training, 0.01, 0, lambda suffix: {}).computed
+    if method in ("full", "pet", "last_k"):
+        assert computed == {0: 39}
+    elif method == "cached":
+        assert computed == {0: 13}
+    elif method == "fixed":
+        assert computed == {0: 10, plan.policy.route: 39}
+    elif method == "piebridge_cached":
+        assert computed[1] == 13
+        assert 10 <= computed[0] <= 13
+    else:
+        on_original = computed[0] - 10
+        assert computed == {0: 10 + on_original, 1: 13 + 26 - on_original}
+        assert on_original == 2 * round(plan.policy.share * 13)
+
+
+def test_registry_and_configuration_agree():
+    assert tuple(REGISTRY) == METHODS
+    assert SHARES_ROUTES <= NEEDS_FAMILY <= set(REGISTRY)
+
+
+def test_full_trains_everything(settings):
+    plan = REGISTRY["full"](settings["head"])
+    assert all(parameter.requires_grad for parameter in plan.split.suffix.parameters())
+    classes = 3 * (128 + 1) - 62 * (128 + 1)
+    total = costs.parameter_counts(settings["head"].backbone.blocks)[1] + classes
+    assert costs.parameter_counts(plan.split.suffix) == (total, total)
+
+
+def test_last_k_trains_as_many_blocks_as_asked():
+    setting = bare_setting(random_backbone("embedded"), "training.last_k=2")
+    plan = REGISTRY["last_k"](setting)
+    trained = {name.split(".")[0] for name, value in plan.split.suffix.named_parameters() if value.requires_grad}
+    assert trained == {"layer3_0", "layer3_1", "head"}
+    assert plan.split.cut == "layer3_0"
+
+
+@pytest.mark.parametrize("backbone_name", ["mobilenet_v2", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("kind", ["head", "adapter"])
+def test_routed_training_on_other_architectures(backbone_name, kind):
+    setting = setting_of(kind, backbone_name)
+    plan = REGISTRY["piebridge"](setting)
+    outcome = fit(plan, setting.images, LABELS, setting.study.training, 0.001, 0, lambda suffix: {})
+    assert set(outcome.computed) == {0, 1}
+    assert all(math.isfinite(loss) for loss in outcome.history["loss"])
+
+
+@pytest.mark.parametrize("method", ["piebridge", "random", "fixed"])
+@pytest.mark.parametrize("correction", ["true", "false"])
+def test_windows_do_not_change_routed_training(tiny, method, correction):
+    labels = tiny.task.labels[torch.cat([tiny.task.splits["train"], tiny.task.splits["validation"]])]
+
+    def trained(window, prefix_batch):
+        study = tiny_study(
+            f"training.window={window} training.prefix_batch={prefix_batch} routing.correction={correction}"
+        )
+        plan = REGISTRY[method](dataclasses.replace(tiny.setting, study=study))
+        outcome = fit(plan, tiny.setting.images, labels, study.training, 0.01, 0, lambda suffix: {})
+        return plan.split.suffix.head.weight.detach(), outcome.computed
+
+    (one, computed), (other, same) = trained(8, 4), trained(90, 32)
+    assert computed == same
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_windows_do_not_change_routed_training_at_a_deep_cut(settings):
+    def trained(window):
+        training = settings["adapter"].study.training.model_copy(update={"window": window})
+        plan = REGISTRY["piebridge"](settings["adapter"])
+        fit(plan, settings["adapter"].images, LABELS, training, 0.01, 0, lambda suffix: {})
+        return plan.split.suffix.head.weight.detach()
+
+    torch.testing.assert_close(trained(4), trained(64), rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_the_routers_pass_is_counted(tiny):
+    plan = REGISTRY["piebridge"](tiny.setting)
+    assert plan.seconds["router"] > 0
+    assert plan.policy.difficulty.max() == pytest.approx(tiny.study.routing.difficulty)
+    assert "router" not in REGISTRY["random"](tiny.setting).seconds
+
+
+def test_calibration_by_macs_is_the_manifests(tiny):
+    setting = calibrate(dataclasses.replace(tiny.setting, relative_cost=1.0))
+    assert setting.relative_cost == tiny.setting.family.relative_macs[2]
+
+
+def test_calibration_by_the_clock_is_a_share(tiny):
+    study = tiny_study("routing.costs=measured")
+    setting = calibrate(dataclasses.replace(tiny.setting, study=study))
+    assert 0 < setting.relative_cost <= 1
+    assert setting.calibration_seconds > 0
+
+
+def test_subnet_that_is_not_in_the_family(tiny):
+    setting = dataclasses.replace(tiny.setting, study=tiny_study("routing.subnet=3"))
+    with pytest.raises(ValueError, match=r"routing\.subnet: 3, but the family's subnets go from 1 to 2"):
+        cheap_route(setting)
+
+
+def test_budget_too_small_for_the_subnet(tiny):
+    setting = dataclasses.replace(tiny.setting, study=tiny_study("routing.cost=0.01"))
+    with pytest.raises(ValueError, match=r"routing\.cost: 0\.01"):
+        REGISTRY["piebridge"](setting)
+
+
+def invented_family(tiny, rows):
+    facts = [tiny.setting.family.manifest.subnets[0]]
+    for latency, macs, fidelity in rows:
+        facts.append(facts[0].model_copy(
+            update={"relative_latency": latency, "relative_macs": macs, "fidelity": fidelity}
+        ))
+    manifest = tiny.setting.family.manifest.model_copy(update={"subnets": tuple(facts)})
+    return Family(manifest, [None] * len(facts))
+
+
+def test_most_faithful_within_the_limit(tiny):
+    family = invented_family(tiny, [(0.8, 0.7, 0.99), (0.5, 0.5, 0.8), (0.4, 0.3, 0.9), (None, 0.2, 0.7)])
+    assert most_faithful(family, 0.9) == 1
+    assert most_faithful(family, 0.5) == 3
+    assert most_faithful(family, 0.3) == 4
+    assert most_faithful(family, 0.1) == 4  # none is affordable: the cheapest
+
+
+def test_random_images_are_no_constant():
+    assert random_images(2).float().std() > 10

@@ -1,0 +1,145 @@
+"""Records: whole files or none, and the appendix's table."""
+
+import math
+import os
+import subprocess
+
+import pandas as pd
+import pytest
+from tiny import ROOT
+
+from piebridge import records
+from piebridge.records import Record
+
+
+def example(method, seed=0, **values):
+    numbers = {name: 1.0 for name in Record.model_fields if name.endswith(("_seconds", "_accuracy", "_mib", "_gmacs"))}
+    return Record(**(
+        numbers | dict(
+            study="tiny", dataset="digits", backbone="embedded", resolution=32, method=method, variant="-", seed=seed,
+            epochs=1, batch_size=4, learning_rate=0.01, train_images=8, test_images=4, original_share=1.0,
+            trainable_params=1, total_params=2, device="cpu", threads=1, torch="2", commit="unknown",
+            started_at="2024-01-01T00:00:00Z",
+        ) | values
+    ))
+
+
+@pytest.fixture
+def table():
+    return records.to_table([
+        example("full", 0, train_seconds=7200.0, best_test_accuracy=91.0, test_accuracy=90.0),
+        example("full", 1, train_seconds=3600.0, best_test_accuracy=93.0, test_accuracy=91.0),
+        example("pet", train_seconds=1800.0, best_test_accuracy=91.5, test_accuracy=91.0),
+        example("piebridge", train_seconds=900.0, best_test_accuracy=92.0, test_accuracy=91.5),
+    ])
+
+
+def test_table_1_has_the_appendix_shape(table):
+    result = records.table_1(table)
+    assert list(result.index) == ["Time", "Acc."]
+    assert list(result.columns) == ["Ours", "PET", "FTAll"]
+    assert result.loc["Time"].tolist() == [0.25, 0.5, 1.5]
+    assert result.loc["Acc."].tolist() == [92.0, 91.5, 92.0]
+    assert records.table_1(table, "test_accuracy").loc["Acc."].tolist() == [91.5, 91.0, 90.5]
+
+
+@pytest.mark.parametrize("method", ["full", "pet", "piebridge"])
+def test_table_1_needs_all_three(table, method):
+    with pytest.raises(ValueError, match=method):
+        records.table_1(table[table["method"] != method])
+
+
+def test_speedups(table):
+    result = records.speedups(table)
+    assert list(result.index) == ["full", "pet", "piebridge"]
+    assert result["faster_than_pet"].tolist() == [1800 / 5400, 1.0, 2.0]
+    assert result["faster_than_full"].tolist() == [1.0, 3.0, 6.0]
+    assert result["points_above_pet"].tolist() == [-0.5, 0.0, 0.5]
+
+
+def test_speedups_without_the_yardstick_are_unknown(table):
+    result = records.speedups(table[table["method"] != "full"])
+    assert math.isnan(result.loc["pet", "faster_than_full"])
+    assert result.loc["piebridge", "faster_than_pet"] == 2.0
+
+
+def test_tables_read_back(tmp_path, table):
+    records.write_table(tmp_path / "deep" / "records.csv", table)
+    read = records.read_table(tmp_path / "deep" / "records.csv")
+    assert list(read.columns) == list(Record.model_fields)
+    assert read["train_seconds"].tolist() == table["train_seconds"].tolist()
+
+
+def test_missing_column_is_named(tmp_path, table):
+    path = tmp_path / "records.csv"
+    records.write_table(path, table.drop(columns="train_gmacs"))
+    with pytest.raises(ValueError, match=r"records\.csv.*'train_gmacs'"):
+        records.read_table(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        records.read_table(tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "file.txt"
+    records.write_atomically(path, "old")
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        records.write_atomically(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_replaces(tmp_path):
+    path = tmp_path / "file.txt"
+    records.write_atomically(path, "old")
+    records.write_atomically(path, "new é")
+    assert path.read_text(encoding="utf-8") == "new é"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("a regular file")
+    with pytest.raises(OSError):
+        records.write_atomically(tmp_path / "file" / "below.txt", "text")
+    assert (tmp_path / "file").read_text() == "a regular file"
+
+
+def test_unknown_field_is_an_error():
+    with pytest.raises(ValueError, match="extra"):
+        example("pet", surprise=1)
+
+
+def test_provenance_names_torch_and_commit():
+    import torch
+
+    facts = records.provenance()
+    assert torch.__version__.startswith(facts["torch"].split("+")[0])
+    asked = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    assert facts["commit"].rstrip("+") == (asked.stdout.strip() or "unknown")
+    assert pd.Timestamp(facts["started_at"]).tzinfo is not None
+
+
+def test_code_fingerprint_follows_the_sources(monkeypatch, tmp_path):
+    (tmp_path / "records.py").write_text("one")
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    first = records.code_fingerprint()
+    (tmp_path / "records.py").write_text("two")
+    assert first != records.code_fingerprint()
+    assert records.commit() == "unknown"
+
+
+COMMITTED = sorted((ROOT / "book" / "records").rglob("*records*.csv"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_committed_records_are_records(path):
+    assert len(records.read_table(path)) > 0

@@ -1,0 +1,299 @@
+"""Routes go both ways and keep to their budget; corrections are ridge regressions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from piebridge.routing import (
+    POSITIONS,
+    SHRINKAGES,
+    Correction,
+    FixedRoute,
+    SharedRoute,
+    cached_share,
+    original_share,
+    ranks,
+)
+
+# ------------------------------------------------------------------------------------------------------------ correction
+
+
+def pairs_of(count=40, channels=4, seed=0):
+    generator = np.random.default_rng(seed)
+    cheap = generator.normal(1, 1, (count, channels))
+    original = cheap @ (np.eye(channels) + generator.normal(0, 0.5, (channels, channels))) + 0.3
+    original += generator.normal(0, 0.2, original.shape)
+    return torch.from_numpy(cheap).float(), torch.from_numpy(original).float()
+
+
+def ridge(cheap, difference, strength):
+    """The closed form: (X'X + aI)^-1 X'D on centred data; the offset is not shrunk."""
+    centre, middle = cheap.mean(0), difference.mean(0)
+    inputs, outputs = cheap - centre, difference - middle
+    weight = np.linalg.solve(inputs.T @ inputs + strength * np.eye(inputs.shape[1]), inputs.T @ outputs)
+    return weight, middle - centre @ weight
+
+
+def left_out_error(cheap, difference, strength):
+    errors = []
+    for index in range(len(cheap)):
+        others = np.arange(len(cheap)) != index
+        weight, offset = ridge(cheap[others], difference[others], strength)
+        errors.append(((cheap[index] @ weight + offset - difference[index]) ** 2).mean())
+    return np.mean(errors)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_correction_is_the_ridge_that_leaves_out_best(seed):
+    cheap, original = pairs_of(seed=seed)
+    correction = Correction(0)
+    correction.add(1, cheap[:15], original[:15])
+    correction.add(1, cheap[15:], original[15:])
+    correction.fit(1)
+    inputs, difference = cheap.double().numpy(), (original - cheap).double().numpy()
+    strengths = [share * len(inputs) * inputs.var(0, ddof=1).mean() for share in SHRINKAGES]
+    weight, offset = ridge(inputs, difference, min(strengths, key=lambda a: left_out_error(inputs, difference, a)))
+    fresh = pairs_of(9, seed=7)[0]
+    expected = fresh.numpy() @ (weight + np.eye(4)) + offset
+    np.testing.assert_allclose(correction.apply(1, fresh).numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_correction_of_exact_latents_is_the_identity():
+    cheap, _ = pairs_of()
+    correction = Correction(0)
+    correction.add(1, cheap, cheap)
+    correction.fit(1)
+    torch.testing.assert_close(correction.apply(1, cheap), cheap)
+
+
+def test_correction_brings_latents_nearer():
+    cheap, original = pairs_of(200)
+    correction = Correction(0)
+    correction.add(2, cheap[:150], original[:150])
+    correction.fit(2)
+    left = (correction.apply(2, cheap[150:]) - original[150:]).square().mean()
+    assert left < 0.2 * (cheap[150:] - original[150:]).square().mean()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_without_pairs_latents_stay(count):
+    cheap, original = pairs_of()
+    correction = Correction(0)
+    if count:
+        correction.add(1, cheap[:count], original[:count])
+    correction.fit(1)
+    assert torch.equal(correction.apply(1, cheap), cheap)
+
+
+def test_corrections_of_two_subnets_do_not_mix():
+    cheap, original = pairs_of()
+    correction = Correction(0)
+    correction.add(1, cheap, original)
+    correction.fit(1)
+    assert torch.equal(correction.apply(2, cheap), cheap)
+    assert not torch.equal(correction.apply(1, cheap), cheap)
+
+
+def fitted_on_channels(shape):
+    """A correction whose truth is one linear map of the channels at every position."""
+    generator = torch.Generator().manual_seed(0)
+    cheap = torch.randn(shape, generator=generator)
+    truth = torch.eye(3) + 0.5 * torch.randn(3, 3, generator=generator)
+    axis = 1 if len(shape) == 4 else 2
+    original = (cheap.movedim(axis, -1) @ truth + 0.7).movedim(-1, axis)
+    correction = Correction(0)
+    correction.add(1, cheap, original)
+    correction.fit(1)
+    return correction, cheap, original, axis
+
+
+@pytest.mark.parametrize("shape", [(30, 3, 5, 6), (30, 25, 3)])
+def test_maps_and_tokens_are_corrected_at_each_position(shape):
+    correction, cheap, original, axis = fitted_on_channels(shape)
+    corrected = correction.apply(1, cheap)
+    assert corrected.shape == shape
+    torch.testing.assert_close(corrected, original, rtol=0.05, atol=0.05)
+    vectors = correction.apply(1, cheap.movedim(axis, -1).reshape(-1, 3))
+    torch.testing.assert_close(corrected.movedim(axis, -1).reshape(-1, 3), vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_few_positions_of_each_pair_are_kept():
+    correction, *_ = fitted_on_channels((30, 3, 5, 6))
+    assert len(correction.pairs[1][0][0]) == 30 * POSITIONS
+
+
+@pytest.mark.parametrize("shape", [(30, 3, 5, 6), (30, 25, 3)])
+def test_correction_does_not_depend_on_how_pairs_arrive(shape):
+    generator = torch.Generator().manual_seed(0)
+    cheap, original = torch.randn(2, *shape, generator=generator)
+    corrected = []
+    for size in (30, 7, 1):
+        correction = Correction(0)
+        for one, other in zip(cheap.split(size), original.split(size)):
+            correction.add(1, one, other)
+        correction.fit(1)
+        corrected.append(correction.apply(1, cheap))
+    torch.testing.assert_close(corrected[1], corrected[0])
+    torch.testing.assert_close(corrected[2], corrected[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------- ranks
+
+
+def test_ranks():
+    assert ranks(torch.tensor([3.0, 1.0, 2.0])).tolist() == [1.0, 0.0, 0.5]
+    assert ranks(torch.tensor([5.0, torch.nan, -1.0])).tolist() == [0.5, 1.0, 0.0]
+    assert ranks(torch.tensor([4.0])).tolist() == [0.0]
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=30, unique=True))
+def test_ranks_keep_the_order(values):
+    result = ranks(torch.tensor(values, dtype=torch.float32))
+    assert sorted(result.tolist()) == pytest.approx(np.linspace(0, 1, len(values)).tolist(), abs=1e-6)
+    assert result.argsort().tolist() == np.argsort(np.float32(values), kind="stable").tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------- routes
+
+
+def originals(plan):
+    return set(torch.nonzero(plan.routes == 0).flatten().tolist())
+
+
+def test_fixed_route():
+    policy, order = FixedRoute(2, pairs=3), torch.randperm(8)
+    first = policy.plan(0, order)
+    assert originals(first) == set(order[:3].tolist()) == set(first.pairs.tolist())
+    assert policy.plan(1, order).routes.tolist() == [2] * 8
+    assert len(policy.plan(1, order).pairs) == 0
+    assert FixedRoute(0).plan(0, order).routes.tolist() == [0] * 8
+
+
+def test_images_become_dearer_and_cheaper_again():
+    policy, order = SharedRoute(10, route=1, share=0.3, pairs=2), torch.arange(10)
+    assert originals(policy.plan(0, order)) == {0, 1}
+    for hard in ({4, 5, 6}, {0, 1, 9}, {4, 5, 6}):
+        policy.observe(order, torch.tensor([1.0 + 0.01 * i if i in hard else 0.1 for i in range(10)]))
+        assert originals(policy.plan(1, order)) == hard
+
+
+def test_images_never_seen_come_first():
+    policy, order = SharedRoute(6, route=1, share=1 / 3, pairs=0), torch.arange(6)
+    policy.plan(0, order)
+    policy.observe(torch.tensor([0, 1, 2, 3]), torch.ones(4))
+    assert originals(policy.plan(1, order)) == {4, 5}
+
+
+def test_difficulty_adds_to_the_loss():
+    difficulty = torch.tensor([0.0, 0.0, 0.0, 5.0])
+    policy, order = SharedRoute(4, route=1, share=0.25, pairs=0, difficulty=difficulty), torch.arange(4)
+    policy.observe(order, torch.tensor([1.0, 2.0, 3.0, 0.0]))
+    assert originals(policy.plan(1, order)) == {3}
+
+
+def test_random_share_is_random_and_follows_the_seed():
+    def drawn(seed):
+        policy, order = SharedRoute(50, route=1, share=0.2, pairs=5, random=True, seed=seed), torch.arange(50)
+        policy.plan(0, order)
+        policy.observe(order, torch.arange(50).float())
+        return [originals(policy.plan(epoch, order)) for epoch in range(1, 6)]
+
+    one = drawn(0)
+    assert [len(part) for part in one] == [10] * 5
+    assert len({frozenset(part) for part in one}) == 5
+    assert one == drawn(0) != drawn(1)
+
+
+def test_what_was_bought_is_kept():
+    policy, order = SharedRoute(40, route=1, share=0.5, pairs=4, buy_epochs=2), torch.randperm(40)
+    bought, counts = originals(policy.plan(0, order)), []
+    assert bought == set(order[:4].tolist())
+    for epoch in range(1, 6):
+        policy.observe(order, torch.rand(40))
+        now = originals(policy.plan(epoch, order))
+        assert bought <= now
+        bought = now
+        counts.append(len(now))
+    assert counts == [4 + 10, 4 + 20, 4 + 20, 4 + 20, 4 + 20]
+
+
+def test_pairs_are_refitted_among_the_originals():
+    policy, order = SharedRoute(40, route=1, share=0.5, pairs=4, refit_pairs=3), torch.arange(40)
+    policy.plan(0, order)
+    plan = policy.plan(1, order)
+    assert len(plan.pairs) == 3
+    assert set(plan.pairs.tolist()) <= originals(plan)
+
+
+# ---------------------------------------------------------------------------------------------------------------- budget
+
+
+def spent(policy, cheap, router, count, epochs):
+    """Cost of all passes, counted from the plans: every route, and the subnet once more for each pair."""
+    total = router * count
+    for epoch in range(epochs):
+        order = torch.randperm(count)
+        plan = policy.plan(epoch, order)
+        on_original = (plan.routes == 0).sum().item()
+        total += on_original + (count - on_original) * cheap + len(plan.pairs) * cheap
+        policy.observe(order, torch.rand(count))
+    return total / (epochs * count)
+
+
+@pytest.mark.parametrize(
+    ("budget", "cheap", "router", "count", "epochs", "pairs", "refit"),
+    [
+        (0.4, 0.2, 0.0, 500, 12, 100, 0), (0.4, 0.2, 0.01, 500, 12, 100, 20), (0.6, 0.5, 0.0, 333, 5, 40, 7),
+        (0.9, 0.05, 0.1, 100, 3, 200, 0), (0.3, 0.1, 0.0, 1000, 2, 0, 0),
+    ],
+)
+def test_budget_is_met(budget, cheap, router, count, epochs, pairs, refit):
+    share = original_share(budget, cheap, router, count, epochs, pairs, refit)
+    assert 0 <= share < 1
+    policy = SharedRoute(count, 1, share, pairs, refit)
+    assert spent(policy, cheap, router, count, epochs) == pytest.approx(budget, abs=1 / count)
+
+
+def test_a_large_budget_buys_originals_for_all():
+    assert original_share(1.0, 0.1, 0.0, 100, 3, 10, 0) == 1.0
+    assert cached_share(1.0, 0.0, 0.0, 100, 0) == 1.0
+
+
+@pytest.mark.parametrize(("budget", "cheap", "router", "pairs"), [(0.6, 0.2, 0.0, 50), (0.5, 0.1, 0.02, 20), (0.9, 0.3, 0.0, 0)])
+def test_cached_budget_is_met(budget, cheap, router, pairs):
+    count, epochs = 400, 9
+    share = cached_share(budget, cheap, router, count, pairs)
+    policy = SharedRoute(count, 1, share, pairs, buy_epochs=3)
+    paid = {0: set(), 1: set()}
+    for epoch in range(epochs):
+        plan = policy.plan(epoch, torch.randperm(count))
+        paid[0] |= originals(plan)
+        paid[1] |= (set(range(count)) - originals(plan)) | set(plan.pairs.tolist())
+        policy.observe(torch.arange(count), torch.rand(count))
+    total = len(paid[0]) + cheap * len(paid[1]) + router * count
+    assert total / count == pytest.approx(budget, abs=1 / count)
+
+
+def test_budget_too_small_names_what_would_do():
+    with pytest.raises(ValueError, match=r"routing\.cost: 0\.2 does not pay .* take 0\.3[0-9] alone") as error:
+        original_share(0.2, 0.3, 0.0, 1000, 10, 100, 0)
+    assert "routing.pairs" in str(error.value)
+    needed = float(str(error.value).split("take ")[1].split()[0])
+    assert original_share(needed + 0.01, 0.3, 0.0, 1000, 10, 100, 0) >= 0
+
+
+def test_cached_budget_too_small_names_what_would_do():
+    with pytest.raises(ValueError, match=r"routing\.cached_cost: 0\.3 does not pay .* take 0\.45 alone"):
+        cached_share(0.3, 0.2, 0.05, 1000, 200)
+
+
+@pytest.mark.parametrize("cost", [1.0, 0.99])
+def test_subnet_that_is_no_cheaper_is_never_a_division_by_zero(cost):
+    try:
+        assert 0 <= original_share(cost, 1.0, 0.0, 100, 3, 0, 0) <= 1
+    except ValueError as error:
+        assert math.isclose(cost, 0.99) and "routing.cost" in str(error)

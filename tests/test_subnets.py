@@ -1,0 +1,310 @@
+"""Subnets are cheaper and keep the latents' shape; families survive saving and notice damage."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny import BACKBONES, copied_state, random_backbone, random_images, same_tensors
+
+from piebridge import costs
+from piebridge.config import SubnetSpec
+from piebridge.subnets import (
+    Family,
+    FamilyError,
+    Manifest,
+    MatchLatents,
+    cut_subnet,
+    facts_of,
+    fidelity,
+    latents_of,
+    load_family,
+    read_manifest,
+    removable_blocks,
+    save_family,
+)
+
+
+def cuts_of(name):
+    """The head's cut, whose latents are vectors, and a deep one, whose latents are maps or tokens."""
+    backbone = random_backbone(name)
+    return {"head": "head", "deep": backbone.body[-2]}
+
+
+def specs_of(prefix):
+    return {
+        "width": SubnetSpec(width=0.5), "depth": SubnetSpec(depth=0.5), "resolution": SubnetSpec(resolution=16),
+        "without": SubnetSpec(without=(removable_blocks(prefix)[0],)),
+        "all": SubnetSpec(width=0.6, depth=0.7, resolution=24 if "stem" in dict(prefix.named_children()) else 16),
+    }
+
+
+@pytest.mark.parametrize("depth", ["head", "deep"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_cut_subnets_are_cheaper_and_keep_the_latents_shape(name, depth):
+    backbone, images = random_backbone(name), random_images(3)
+    prefix, suffix = backbone.cut(cuts_of(name)[depth])
+    before, wanted = copied_state(prefix), latents_of(prefix, images)
+    whole = costs.macs(prefix, images)
+    for kind, spec in specs_of(prefix).items():
+        subnet, removed = cut_subnet(prefix, spec, images)
+        latents = latents_of(subnet, images)
+        assert latents.shape == wanted.shape, kind
+        assert latents.isfinite().all()
+        assert not torch.equal(latents, wanted)
+        assert costs.macs(subnet, images) < whole
+        assert latents_of(suffix, latents).shape == (3, backbone.blocks.head.out_features)
+        assert len(removed) == (len(spec.without) or round((1 - spec.depth) * len(removable_blocks(prefix))))
+        assert not set(removed) & set(dict(subnet.named_children()))
+        assert not any(parameter.requires_grad for parameter in subnet.parameters())
+        assert not any(module.training for module in subnet.modules())
+    assert same_tensors(copied_state(prefix), before)
+
+
+def test_the_original_itself_is_a_subnet():
+    prefix, _ = random_backbone("resnet18").cut("head")
+    subnet, removed = cut_subnet(prefix, SubnetSpec(), random_images(2))
+    assert removed == ()
+    assert torch.equal(latents_of(subnet, random_images(2)), latents_of(prefix, random_images(2)))
+
+
+def test_width_keeps_about_that_share_of_the_channels():
+    prefix, _ = random_backbone("resnet18").cut("head")
+    subnet, _ = cut_subnet(prefix, SubnetSpec(width=0.5), random_images(2))
+    assert subnet.stem[0].out_channels == 32
+    assert subnet.layer2_0.conv1.weight.shape[:2] == (64, 32)
+    assert subnet.layer4_1.conv2.out_channels == 512  # the latents' own channels
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_removable_blocks_keep_the_shape(name):
+    prefix, _ = random_backbone(name).cut("head")
+    latents, inside = random_images(1), {}
+    with torch.no_grad():
+        for block, module in prefix.named_children():
+            entry, latents = latents, module(latents)
+            inside[block] = entry.shape == latents.shape
+    removable = removable_blocks(prefix)
+    assert len(removable) > 1
+    assert all(inside[block] for block in removable)
+
+
+def test_unknown_block_is_answered_with_the_removable_ones():
+    prefix, _ = random_backbone("resnet18").cut("head")
+    with pytest.raises(ValueError, match=r"layer4_0.*layer1_0"):
+        cut_subnet(prefix, SubnetSpec(without=("layer4_0",)), random_images(2))
+
+
+def test_least_needed_block_goes_first():
+    """Against trying every block."""
+    prefix, _ = random_backbone("embedded").cut("head")
+    images = random_images(8)
+    wanted = latents_of(prefix, images)
+    near = {}
+    for name in removable_blocks(prefix):
+        others = torch.nn.Sequential(*[block for other, block in prefix.named_children() if other != name])
+        near[name] = torch.nn.functional.cosine_similarity(latents_of(others, images), wanted).mean().item()
+    _, removed = cut_subnet(prefix, SubnetSpec(depth=1 - 1 / len(near)), images)
+    assert removed == (max(near, key=near.get),)
+
+
+def test_everything_removable_can_be_removed():
+    prefix, _ = random_backbone("embedded").cut("head")
+    blocks = removable_blocks(prefix)
+    _, removed = cut_subnet(prefix, SubnetSpec(depth=0.0, without=(blocks[1],)), random_images(2))
+    assert sorted(removed) == sorted(blocks)
+
+
+def test_matching_keeps_constant_latents_and_class_tokens():
+    maps = MatchLatents(torch.Size((4, 6, 6)))(torch.full((2, 4, 3, 3), 2.0))
+    assert maps.shape == (2, 4, 6, 6)
+    torch.testing.assert_close(maps, torch.full_like(maps, 2.0))
+    tokens = torch.full((2, 1 + 4, 3), 2.0)
+    tokens[:, 0] = 7.0
+    matched = MatchLatents(torch.Size((1 + 16, 3)))(tokens)
+    assert matched.shape == (2, 17, 3)
+    assert (matched[:, 0] == 7).all()
+    torch.testing.assert_close(matched[:, 1:], torch.full((2, 16, 3), 2.0))
+    same = torch.randn(2, 17, 3)
+    assert torch.equal(MatchLatents(torch.Size((17, 3)))(same), same)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7, 5, 2, 2)])
+def test_fidelity_is_the_centred_cosine(shape):
+    generator = np.random.default_rng(0)
+    latents, original = generator.normal(3, 1, shape), generator.normal(3, 1, shape)
+    centred, plain = fidelity(torch.from_numpy(latents), torch.from_numpy(original))
+
+    def cosines(one, other):
+        one, other = one.reshape(len(one), -1), other.reshape(len(other), -1)
+        return (one * other).sum(1) / np.sqrt((one**2).sum(1) * (other**2).sum(1))
+
+    mean = original.mean(0)
+    np.testing.assert_allclose(centred.numpy(), cosines(latents - mean, original - mean))
+    np.testing.assert_allclose(plain.numpy(), cosines(latents, original))
+    assert plain.mean() > centred.abs().mean()
+
+
+# -------------------------------------------------------------------------------------------------------------- families
+
+
+def family_of(name, depth, specs):
+    backbone = random_backbone(name)
+    cut = cuts_of(name)[depth]
+    prefix, _ = backbone.cut(cut)
+    whole = costs.macs(prefix, backbone.example())
+    members = [(spec, *cut_subnet(prefix, spec, random_images(2))) for spec in specs]
+    facts = [facts_of(prefix, (), SubnetSpec(), backbone, whole)]
+    facts += [facts_of(network, removed, spec, backbone, whole) for spec, network, removed in members]
+    manifest = Manifest(
+        backbone=name, weights_fingerprint=backbone.fingerprint, cut=cut, resolution=backbone.resolution,
+        subnets=tuple(facts), provenance={},
+    )
+    return Family(manifest, [prefix, *(network for _, network, _ in members)])
+
+
+@pytest.mark.parametrize("depth", ["head", "deep"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_families_survive_saving(tmp_path, name, depth):
+    prefix, _ = random_backbone(name).cut(cuts_of(name)[depth])
+    specs = specs_of(prefix)
+    family = family_of(name, depth, [specs["all"], specs["without"]])
+    save_family(family, tmp_path / "family")
+    loaded = load_family(tmp_path / "family", random_backbone(name), family.manifest.cut)
+    images = random_images(3, seed=1)
+    assert len(loaded) == len(family) == 3
+    assert loaded.relative_macs == family.relative_macs
+    assert torch.equal(latents_of(loaded.networks[0], images), latents_of(family.networks[0], images))
+    for network, saved in zip(loaded.networks[1:], family.networks[1:]):
+        expected, given = latents_of(saved, images), latents_of(network, images)
+        assert (given - expected).abs().max() < 0.02 * expected.abs().max()  # half precision
+        assert costs.macs(network, images) == costs.macs(saved, images)
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families") / "embedded"
+    save_family(family_of("embedded", "head", [SubnetSpec(width=0.5), SubnetSpec(width=0.25, resolution=16)]), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy to be damaged."""
+    return shutil.copytree(saved, tmp_path / "family")
+
+
+def load(folder, name="embedded", cut="head"):
+    return load_family(folder, random_backbone(name), cut)
+
+
+def test_whole_family_loads(folder):
+    assert len(load(folder)) == 3
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "subnet_1.safetensors", "subnet_2.safetensors"]
+
+
+def test_manifest_missing(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.raises(FamilyError, match=r"manifest\.json: no family here"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"backbone": "embedded"}'])
+def test_manifest_invalid(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(FamilyError, match=r"manifest\.json: not a valid manifest"):
+        load(folder)
+
+
+def change_manifest(folder, change):
+    content = json.loads((folder / "manifest.json").read_text())
+    change(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("position", [0, 100, -1])
+def test_damaged_file_is_named(folder, position):
+    path = folder / "subnet_2.safetensors"
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FamilyError, match=r"subnet_2\.safetensors: damaged"):
+        load(folder)
+
+
+def test_missing_file_is_named(folder):
+    (folder / "subnet_1.safetensors").unlink()
+    with pytest.raises(FamilyError, match=r"subnet_1\.safetensors: no such file"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["subnets"][1].update(removed=["layer1_1"]), r"subnet_1\.safetensors: unknown tensor"),
+        (lambda content: content["subnets"][1].update(file=None), r"manifest\.json"),
+        (lambda content: content["subnets"].clear(), r"manifest\.json"),
+    ],
+)
+def test_manifest_that_does_not_fit_its_files(folder, change, message):
+    change_manifest(folder, change)
+    with pytest.raises(FamilyError, match=message):
+        load(folder)
+
+
+def test_manifest_with_the_files_exchanged(folder):
+    """Files and hashes agree, but a width-0.25 network stands where the structure is still consistent: it loads."""
+    def exchange(content):
+        first, second = content["subnets"][1:]
+        for key in ("file", "sha256"):
+            first[key], second[key] = second[key], first[key]
+
+    plain = load(folder).networks[1]
+    change_manifest(folder, exchange)
+    assert load(folder).networks[1].stem[0].out_channels < plain.stem[0].out_channels
+
+
+def test_family_of_other_weights(folder):
+    change_manifest(folder, lambda content: content.update(weights_fingerprint="0" * 16))
+    with pytest.raises(FamilyError, match=f"{folder}: made for weights_fingerprint {'0' * 16}"):
+        load(folder)
+
+
+def test_family_of_another_backbone_cut_or_resolution(folder):
+    with pytest.raises(FamilyError, match=f"{folder}: made for backbone embedded, not resnet18"):
+        load(folder, "resnet18")
+    with pytest.raises(FamilyError, match=f"{folder}: made for cut head, not layer3_1"):
+        load(folder, cut="layer3_1")
+    change_manifest(folder, lambda content: content.update(resolution=64))
+    with pytest.raises(FamilyError, match=f"{folder}: made for resolution 64, not 32"):
+        load(folder)
+
+
+def test_saving_replaces_an_older_family_and_keeps_other_files(folder):
+    (folder / "alignment.csv").write_text("step\n")
+    save_family(family_of("embedded", "head", [SubnetSpec(width=0.75)]), folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["alignment.csv", "manifest.json", "subnet_1.safetensors"]
+    assert len(load(folder)) == 2
+
+
+def test_failed_saving_leaves_the_older_family(folder, monkeypatch):
+    import piebridge.subnets
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(piebridge.subnets, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_family(family_of("embedded", "head", [SubnetSpec(width=0.75)]), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_read_manifest_knows_the_files(saved):
+    manifest = read_manifest(saved)
+    assert [facts.file for facts in manifest.subnets] == [None, "subnet_1.safetensors", "subnet_2.safetensors"]
+    assert manifest.subnets[0].relative_macs == 1
