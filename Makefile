@@ -5,7 +5,6 @@ STUDY ?= params/embedded.yaml
 SET ?=
 BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake --snakefile Snakefile --cores 1 --rerun-incomplete --quiet rules host --nolock
-export MPLBACKEND := agg
 export PYTHONHASHSEED := 0
 
 .PHONY: book study test lint clean

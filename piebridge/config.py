@@ -189,6 +189,9 @@ class TrainingConfig(Section):
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.003, 0.01, 0.03), min_length=1, description="What tuning tries, for every method alike."
     )
+    evaluate_every: PositiveInt = Field(
+        1, description="Epochs from one evaluation to the next, outside the training time; the last is always evaluated."
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of SGD.")
     window: PositiveInt = Field(256, description="Coming images whose latents are computed together.")
     prefix_batch: PositiveInt = Field(32, description="Images a pass of a frozen prefix.")
@@ -342,13 +345,17 @@ def notebook_study(namespace: dict[str, Any]) -> Study:
     A notebook knows two parameters: `study` (a name in params/ or a path) and `overrides`. Papermill would only warn
     about others and go on with the defaults, so any further name defined so far is an error here.
 
+    Run again in a live session, when the notebook's own names are there, it only reads the parameters again.
+
     Raises:
         StudyError: an unknown parameter, or anything `load_study` objects to.
     """
+    first_call = "_study_was_read" not in namespace
+    namespace["_study_was_read"] = True
     notebook_names = {"In", "Out", "exit", "quit", "open", "get_ipython", "notebook_study"}
     given = {name for name in namespace if not name.startswith("_") and name not in notebook_names}
     unknown = sorted(given - {"study", "overrides"})
-    if unknown:
+    if unknown and first_call:
         raise StudyError(
             f"unknown notebook parameter {unknown[0]!r}: a notebook takes `study` and `overrides`; other values go "
             f"into overrides, for example overrides=\"training.epochs=3\""

@@ -263,7 +263,7 @@ def accuracy_over_time(history: pd.DataFrame, records: pd.DataFrame) -> Figure:
     """
     study, device = _one_device(records)
     figure, (axis,) = _figure(7.5, 4.2)
-    for (method, seed), run in history.groupby(["method", "seed"], sort=False):
+    for (method, seed), run in history.dropna(subset="test_accuracy").groupby(["method", "seed"], sort=False):
         look = {"marker": MARKERS.get(method, "."), "markersize": 4, "color": _colour(method)}
         label = method if seed == history["seed"].min() else None
         axis.plot(run["train_seconds"], run["test_accuracy"], label=label, **look)

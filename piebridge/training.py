@@ -63,7 +63,7 @@ class Outcome:
 
     Attributes:
         history: a row an epoch: epoch (from 1), train_seconds (so far), loss, original_share, and the accuracies that
-            `evaluate` returned.
+            `evaluate` returned (NaN in epochs without evaluation).
         seconds: by item, and `train` for the whole without evaluation.
         computed: images run through each member, by index.
         peak_memory_mib: of the process or GPU while training.
@@ -94,7 +94,8 @@ def fit(
         config: epochs, batch_size, momentum, window, prefix_batch, device.
         learning_rate: peak.
         seed: of the order of images.
-        evaluate: called with the suffix after every epoch, outside the training time; returns percentages by name.
+        evaluate: called with the suffix every `config.evaluate_every` epochs and after the last, outside the training
+            time; returns percentages by name.
         memory_mib, scratch: limit and place of a cache of latents.
         description: of the progress bar.
     """
@@ -134,8 +135,9 @@ def fit(
                     with stopwatch("correction"):
                         correction.fit(plan.policy.route)
                 bar.update(len(window))
+        due = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
         with stopwatch("eval"):
-            reached = evaluate(suffix)
+            reached = evaluate(suffix) if due else {}
         seconds_so_far = stopwatch.seconds["train"] + sum(plan.seconds.values())
         history.append(
             {
@@ -143,7 +145,8 @@ def fit(
                 "original_share": (epoch_plan.routes == 0).float().mean().item(), **reached,
             }
         )
-        bar.set_postfix({name: f"{value:.1f}" for name, value in reached.items()})
+        if reached:
+            bar.set_postfix({name: f"{value:.1f}" for name, value in reached.items()})
     bar.close()
     spent = None if energy is None else costs.energy_counter_j() - energy
     seconds = dict(stopwatch.seconds)

@@ -12,11 +12,12 @@ from piebridge.subnets import cut_subnet, fidelity, latents_of
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0])
 def test_alignment_lowers_the_loss_and_raises_fidelity(tiny, kl_weight):
-    study = tiny_study(f"cloud.steps=40 cloud.batch_size=16 cloud.kl_weight={kl_weight}")
+    study = tiny_study(f"cloud.steps=40 cloud.batch_size=32 cloud.kl_weight={kl_weight}")
     images = load_cloud(study)
     prefix, tail = tiny.backbone.cut("head")
     frozen = copied_state(prefix) | copied_state(tail)
-    members = [cut_subnet(prefix, spec, images.held_out[:4])[0] for spec in (SubnetSpec(width=0.5), SubnetSpec(resolution=16))]
+    specs = (SubnetSpec(width=0.5), SubnetSpec(resolution=16))
+    members = [cut_subnet(prefix, spec, images.held_out[:4])[0] for spec in specs]
     original = latents_of(prefix, images.held_out)
     before = [fidelity(latents_of(member, images.held_out), original)[0].mean() for member in members]
     history = align(members, prefix, tail, images.train, 32, study.cloud, seed=0)

@@ -53,7 +53,7 @@ def test_backbone_is_frozen_and_evaluates(name):
     backbone = random_backbone(name)
     assert not any(parameter.requires_grad for parameter in backbone.blocks.parameters())
     assert not any(module.training for module in backbone.blocks.modules())
-    assert list(dict(backbone.blocks.named_children()))[0] == "input"
+    assert next(iter(dict(backbone.blocks.named_children()))) == "input"
     assert set(backbone.body) < set(dict(backbone.blocks.named_children()))
 
 
@@ -69,7 +69,7 @@ def test_unknown_block_cannot_be_cut_at():
         random_backbone("embedded").cut("nonsense")
 
 
-# --------------------------------------------------------------------------------------------------------------- weights
+# --------------------------------------------------------------------------------------------- weights
 
 
 def weights_of(model):

@@ -30,7 +30,7 @@ def test_what_was_made_is_found_again(tiny, monkeypatch):
 
 
 def test_pretraining_learns_and_follows_the_seed(tiny):
-    study = tiny_study("cloud.backbone_epochs=6")
+    study = tiny_study("cloud.backbone_epochs=8")
     images = load_cloud(study)
     one, same = (cloud.pretrain(images, study).eval().state_dict() for _ in range(2))
     assert all(torch.allclose(one[key], same[key], atol=1e-5) for key in one)
@@ -42,7 +42,8 @@ def test_pretraining_learns_and_follows_the_seed(tiny):
 def test_family_is_ordered_measured_and_of_this_backbone(tiny):
     manifest = tiny.setting.family.manifest
     assert manifest.weights_fingerprint == tiny.backbone.fingerprint
-    assert [facts.relative_macs for facts in manifest.subnets] == sorted((f.relative_macs for f in manifest.subnets), reverse=True)
+    relative_macs = [facts.relative_macs for facts in manifest.subnets]
+    assert relative_macs == sorted(relative_macs, reverse=True)
     assert manifest.subnets[0].relative_macs == manifest.subnets[0].fidelity == 1
     assert all(facts.relative_latency > 0 for facts in manifest.subnets)
     assert len(manifest.subnets[2].removed) == 2
@@ -63,7 +64,9 @@ def test_alignment_table_lies_beside_the_family(tiny):
     assert (family_folder(tiny.study, tiny.backbone) / "alignment.csv").is_file()
 
 
-@pytest.mark.parametrize("overrides", ["cloud.steps=7", "seed=1", "pet.kind=adapter", "router.steps=11", "cloud.subnets=[]"])
+@pytest.mark.parametrize(
+    "overrides", ["cloud.steps=7", "seed=1", "pet.kind=adapter", "router.steps=11", "cloud.subnets=[]"]
+)
 def test_another_cloud_side_is_another_folder(tiny, overrides):
     assert family_folder(tiny_study(overrides), tiny.backbone) != family_folder(tiny_study(), tiny.backbone)
 

@@ -73,7 +73,8 @@ def test_invalid_yaml(tmp_path):
 
 
 def test_exponents_are_numbers(tmp_path):
-    study = load(tmp_path, "cloud: {learning_rate: 1e-3}\ntraining: {learning_rate: {pet: 2e-2}, learning_rates: [1e-1]}")
+    text = "cloud: {learning_rate: 1e-3}\ntraining: {learning_rate: {pet: 2e-2}, learning_rates: [1e-1]}"
+    study = load(tmp_path, text)
     assert study.cloud.learning_rate == 1e-3
     assert study.training.learning_rate == {"pet": 0.02}
     assert study.training.learning_rates == (0.1,)

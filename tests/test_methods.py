@@ -20,7 +20,10 @@ LABELS = torch.arange(13) % 3
 
 def setting_of(kind, backbone_name="embedded"):
     """A setting with a family of untrained members, for any cut."""
-    overrides = f"pet.kind={kind} pet.blocks=1 pet.bottleneck=4 pet.rank=2 routing.subnet=1 routing.difficulty=0 routing.cost=0.9 routing.cached_cost=1"
+    overrides = (
+        f"pet.kind={kind} pet.blocks=1 pet.bottleneck=4 pet.rank=2 "
+        "routing.subnet=1 routing.difficulty=0 routing.cost=0.9 routing.cached_cost=1"
+    )
     bare = bare_setting(random_backbone(backbone_name), overrides)
     family = free_family(bare.study, bare.backbone)
     return calibrate(dataclasses.replace(bare, family=family))
@@ -64,7 +67,8 @@ def test_plans_keep_to_the_loops_terms(settings, method):
     assert all(seconds >= 0 for seconds in plan.seconds.values())
     for route, network in plan.networks.items():
         with torch.inference_mode():
-            torch.testing.assert_close(plan.runners[route](setting.images), network(setting.images), rtol=1e-3, atol=1e-3)
+            expected = network(setting.images)
+            torch.testing.assert_close(plan.runners[route](setting.images), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", REGISTRY)
@@ -147,7 +151,7 @@ def test_windows_do_not_change_routed_training_at_a_deep_cut(settings):
     torch.testing.assert_close(trained(4), trained(64), rtol=1e-3, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------- settings
+# -------------------------------------------------------------------------------------------- settings
 
 
 def test_the_routers_pass_is_counted(tiny):

@@ -105,7 +105,7 @@ def test_new_values_follow_the_seed_alone(kind):
     torch.manual_seed(5)
     one = copied_state(parts_of("resnet18", kind, seed=0).suffix)
     generator = torch.get_rng_state()
-    same, other = copied_state(parts_of("resnet18", kind, seed=0).suffix), copied_state(parts_of("resnet18", kind, seed=1).suffix)
+    same, other = (copied_state(parts_of("resnet18", kind, seed=seed).suffix) for seed in (0, 1))
     assert same_tensors(one, same)
     assert not same_tensors(one, other)
     assert torch.equal(torch.get_rng_state(), generator)

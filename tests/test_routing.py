@@ -19,7 +19,7 @@ from piebridge.routing import (
     ranks,
 )
 
-# ------------------------------------------------------------------------------------------------------------ correction
+# ------------------------------------------------------------------------------------------ correction
 
 
 def pairs_of(count=40, channels=4, seed=0):
@@ -141,7 +141,7 @@ def test_correction_does_not_depend_on_how_pairs_arrive(shape):
     torch.testing.assert_close(corrected[2], corrected[0])
 
 
-# ----------------------------------------------------------------------------------------------------------------- ranks
+# ----------------------------------------------------------------------------------------------- ranks
 
 
 def test_ranks():
@@ -157,7 +157,7 @@ def test_ranks_keep_the_order(values):
     assert result.argsort().tolist() == np.argsort(np.float32(values), kind="stable").tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------- routes
+# ---------------------------------------------------------------------------------------------- routes
 
 
 def originals(plan):
@@ -229,7 +229,7 @@ def test_pairs_are_refitted_among_the_originals():
     assert set(plan.pairs.tolist()) <= originals(plan)
 
 
-# ---------------------------------------------------------------------------------------------------------------- budget
+# ---------------------------------------------------------------------------------------------- budget
 
 
 def spent(policy, cheap, router, count, epochs):
@@ -263,7 +263,9 @@ def test_a_large_budget_buys_originals_for_all():
     assert cached_share(1.0, 0.0, 0.0, 100, 0) == 1.0
 
 
-@pytest.mark.parametrize(("budget", "cheap", "router", "pairs"), [(0.6, 0.2, 0.0, 50), (0.5, 0.1, 0.02, 20), (0.9, 0.3, 0.0, 0)])
+@pytest.mark.parametrize(
+    ("budget", "cheap", "router", "pairs"), [(0.6, 0.2, 0.0, 50), (0.5, 0.1, 0.02, 20), (0.9, 0.3, 0.0, 0)]
+)
 def test_cached_budget_is_met(budget, cheap, router, pairs):
     count, epochs = 400, 9
     share = cached_share(budget, cheap, router, count, pairs)

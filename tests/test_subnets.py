@@ -146,7 +146,7 @@ def test_fidelity_is_the_centred_cosine(shape):
     assert plain.mean() > centred.abs().mean()
 
 
-# -------------------------------------------------------------------------------------------------------------- families
+# -------------------------------------------------------------------------------------------- families
 
 
 def family_of(name, depth, specs):
@@ -202,7 +202,8 @@ def load(folder, name="embedded", cut="head"):
 
 def test_whole_family_loads(folder):
     assert len(load(folder)) == 3
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "subnet_1.safetensors", "subnet_2.safetensors"]
+    names = ["manifest.json", "subnet_1.safetensors", "subnet_2.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_manifest_missing(folder):

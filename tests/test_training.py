@@ -83,7 +83,8 @@ def test_windows_change_nothing(method, window, prefix_batch):
 def test_windows_change_nothing_at_a_deep_cut(method, kind):
     backbone = random_backbone("embedded")
     one = train(bare_setting(backbone, f"pet.kind={kind}"), method, rate=0.01)
-    other = train(bare_setting(backbone, f"pet.kind={kind} training.window=4 training.prefix_batch=2"), method, rate=0.01)
+    overrides = f"pet.kind={kind} training.window=4 training.prefix_batch=2"
+    other = train(bare_setting(backbone, overrides), method, rate=0.01)
     assert_same_training(one, other)
 
 
@@ -120,13 +121,15 @@ def test_head_training_against_plain_sgd():
     images = torch.randint(0, 256, (10, 3, 2, 2), dtype=torch.uint8, generator=generator)
     labels, suffix = torch.arange(10) % 2, nn.Sequential()
     suffix.add_module("head", nn.Linear(3, 2))
-    weight, bias = suffix.head.weight.detach().double().numpy().copy(), suffix.head.bias.detach().double().numpy().copy()
+    weight, bias = (value.detach().double().numpy().copy() for value in (suffix.head.weight, suffix.head.bias))
     config = TrainingConfig(epochs=3, batch_size=4, momentum=0.9, window=8)
     policy = Watched(FixedRoute(0))
+
     def latents_of(batch):
         return batch.float().mean((2, 3)) / 255
 
-    fit(Plan(Split("head", nn.Sequential(), suffix), {}, {0: latents_of}, policy), images, labels, config, 0.5, 0, lambda _: {})
+    plan = Plan(Split("head", nn.Sequential(), suffix), {}, {0: latents_of}, policy)
+    fit(plan, images, labels, config, 0.5, 0, lambda suffix: {})
     latents, steps, step = latents_of(images).double().numpy(), 9, 0
     velocity_w, velocity_b = np.zeros_like(weight), np.zeros_like(bias)
     for order in policy.seen:
