@@ -125,7 +125,8 @@ def free_family(study: Study, backbone: Backbone) -> Family:
     """The free rival: the original's own weights at lower resolutions, nothing pruned, nothing aligned."""
     prefix, _ = backbone.cut(cut_of(backbone, study.pet))
     shares = (0.75, 0.625, 0.5, 0.375)
-    specs = [SubnetSpec(resolution=max(16, round(share * backbone.resolution / 8) * 8)) for share in shares]
+    step = 16 if hasattr(backbone.blocks, "embed") else 8  # whole patches of a vision transformer
+    specs = [SubnetSpec(resolution=max(16, round(share * backbone.resolution / step) * step)) for share in shares]
     members = [(spec, *cut_subnet(prefix, spec, backbone.example(2))) for spec in specs]
     family = _family(study, backbone, prefix, members, {"alignment": "none"})
     return measure_latencies(family, backbone.example(PREFIX_BATCH))

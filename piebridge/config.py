@@ -190,7 +190,7 @@ class TrainingConfig(Section):
         (0.003, 0.01, 0.03), min_length=1, description="What tuning tries, for every method alike."
     )
     evaluate_every: PositiveInt = Field(
-        1, description="Epochs from one evaluation to the next, outside the training time; the last is always evaluated."
+        1, description="Epochs from one evaluation (outside the training time) to the next; the last always is."
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of SGD.")
     window: PositiveInt = Field(256, description="Coming images whose latents are computed together.")

@@ -1,10 +1,11 @@
 """The cloud side: made once, found again, never mixed up."""
 
+import dataclasses
 import shutil
 
 import pytest
 import torch
-from tiny import tiny_study
+from tiny import random_backbone, tiny_study
 
 from piebridge import cloud
 from piebridge.cloud import family_folder, free_family, learn_router, obtain_backbone, obtain_family, obtain_router
@@ -101,6 +102,14 @@ def test_the_free_family_is_the_original_at_lower_resolutions(tiny):
     weights = {name: tensor for name, tensor in family.networks[0].named_parameters()}
     for network in family.networks[1:]:
         assert all(torch.equal(tensor, weights[name]) for name, tensor in network.named_parameters())
+
+
+def test_the_free_family_of_a_transformer_keeps_whole_patches():
+    backbone = random_backbone("vit_tiny_patch16_224")
+    for resolution in (32, 224):
+        larger = dataclasses.replace(backbone, resolution=resolution)
+        specs = [facts.resolution for facts in free_family(tiny_study("cloud.family=auto"), larger).manifest.subnets]
+        assert all(side % 16 == 0 for side in specs)
 
 
 def test_auto_without_a_shipped_family_makes_the_free_one(tiny):

@@ -22,7 +22,7 @@ def setting_of(kind, backbone_name="embedded"):
     """A setting with a family of untrained members, for any cut."""
     overrides = (
         f"pet.kind={kind} pet.blocks=1 pet.bottleneck=4 pet.rank=2 "
-        "routing.subnet=1 routing.difficulty=0 routing.cost=0.9 routing.cached_cost=1"
+        "routing.subnet=4 routing.pairs=4 routing.difficulty=0 routing.cost=0.9 routing.cached_cost=1"
     )
     bare = bare_setting(random_backbone(backbone_name), overrides)
     family = free_family(bare.study, bare.backbone)
@@ -82,13 +82,13 @@ def test_images_run_through_members(settings, method):
     elif method == "cached":
         assert computed == {0: 13}
     elif method == "fixed":
-        assert computed == {0: 10, plan.policy.route: 39}
+        assert computed == {0: 4, plan.policy.route: 39}
     elif method == "piebridge_cached":
-        assert computed[1] == 13
-        assert 10 <= computed[0] <= 13
+        assert computed[4] == 13
+        assert 4 < computed[0] <= 13
     else:
-        on_original = computed[0] - 10
-        assert computed == {0: 10 + on_original, 1: 13 + 26 - on_original}
+        on_original = computed[0] - 4
+        assert computed == {0: 4 + on_original, 4: 13 + 26 - on_original}
         assert on_original == 2 * round(plan.policy.share * 13)
 
 
@@ -119,7 +119,7 @@ def test_routed_training_on_other_architectures(backbone_name, kind):
     setting = setting_of(kind, backbone_name)
     plan = REGISTRY["piebridge"](setting)
     outcome = fit(plan, setting.images, LABELS, setting.study.training, 0.001, 0, lambda suffix: {})
-    assert set(outcome.computed) == {0, 1}
+    assert set(outcome.computed) == {0, 4}
     assert all(math.isfinite(loss) for loss in outcome.history["loss"])
 
 
