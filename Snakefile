@@ -1,4 +1,5 @@
 # The graph: a study -> Papermill -> executed notebooks -> records; and from the embedded study's notebooks, the book.
+import shlex
 import sys
 from pathlib import Path
 
@@ -42,10 +43,10 @@ rule notebook:
         before=lambda wildcards: [executed(name) for name in AFTER.get(wildcards.name, []) if name in WANTED],
     output: f"{folder}/notebooks/{{name}}.ipynb"
     log: f"{folder}/logs/{{name}}.ipynb"
-    params: overrides=OVERRIDES
+    params: overrides=shlex.quote(OVERRIDES)
     shell:
         # Papermill leaves a partial notebook when it is killed: the output appears only when all cells ran.
-        "TQDM_MININTERVAL=5 {sys.executable} -m papermill {input.notebook:q} {log:q} -p study {input.study:q} -p overrides {params.overrides:q} "
+        "TQDM_MININTERVAL=5 {sys.executable} -m papermill {input.notebook:q} {log:q} -p study {input.study:q} -p overrides {params.overrides} "
         "--log-output --no-progress-bar --log-level WARNING && cp {log:q} {output:q}"
 
 

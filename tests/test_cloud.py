@@ -31,11 +31,12 @@ def test_what_was_made_is_found_again(tiny, monkeypatch):
 
 
 def test_pretraining_learns_and_follows_the_seed(tiny):
-    study = tiny_study("cloud.backbone_epochs=8")
+    study = tiny_study("cloud.backbone_epochs=5")
     images = load_cloud(study)
-    one, same = (cloud.pretrain(images, study).eval().state_dict() for _ in range(2))
-    assert all(torch.allclose(one[key], same[key], atol=1e-5) for key in one)
-    blocks = cloud.take_apart(cloud.pretrain(images, study), "embedded", 32).blocks
+    model, again = cloud.pretrain(images, study), cloud.pretrain(images, study)
+    same = again.state_dict()
+    assert all(torch.allclose(value, same[key], atol=1e-4) for key, value in model.state_dict().items())
+    blocks = cloud.take_apart(model, "embedded", 32).blocks
     right = (blocks(images.train).argmax(1) == images.train_labels).float().mean()
     assert right > 3 / 62
 
@@ -106,7 +107,7 @@ def test_the_free_family_is_the_original_at_lower_resolutions(tiny):
 
 def test_the_free_family_of_a_transformer_keeps_whole_patches():
     backbone = random_backbone("vit_tiny_patch16_224")
-    for resolution in (32, 224):
+    for resolution in (32, 80):
         larger = dataclasses.replace(backbone, resolution=resolution)
         specs = [facts.resolution for facts in free_family(tiny_study("cloud.family=auto"), larger).manifest.subnets]
         assert all(side % 16 == 0 for side in specs)

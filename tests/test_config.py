@@ -145,6 +145,13 @@ def test_a_notebook_rejects_other_parameters():
         notebook_study({"study": "embedded", "overrides": "", "nonsense": 1})
 
 
+def test_a_notebook_reads_its_parameters_again_in_a_live_session():
+    namespace = {"study": "embedded", "overrides": ""}
+    notebook_study(namespace)
+    namespace |= {"own_name": 1, "overrides": "seed=2"}
+    assert notebook_study(namespace).seed == 2
+
+
 def test_every_field_is_described():
     def undescribed(model, place):
         for name, field in model.model_fields.items():

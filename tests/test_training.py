@@ -158,6 +158,15 @@ def test_evaluation_is_called_after_every_epoch_with_the_suffix():
     assert outcome.history["test_accuracy"].tolist() == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize(("every", "evaluated"), [(2, [2, 3]), (3, [3]), (5, [3])])
+def test_evaluation_every_few_epochs_and_after_the_last(every, evaluated):
+    setting = bare_setting(random_backbone("embedded"), f"training.evaluate_every={every}")
+    _, outcome = train(setting, "pet", evaluate=lambda suffix: {"test_accuracy": 1.0})
+    history = outcome.history
+    assert history["epoch"].tolist() == [1, 2, 3]
+    assert history.loc[history["test_accuracy"].notna(), "epoch"].tolist() == evaluated
+
+
 def test_seconds_count_preparation_and_not_evaluation():
     setting = bare_setting(random_backbone("embedded"))
     plan = REGISTRY["pet"](setting)
