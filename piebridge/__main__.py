@@ -1,4 +1,4 @@
-"""The package's commands: check a study, sum up its records, generate or measure a family, classify photos."""
+"""The package's commands: check, sum up or draw a study, generate or measure a family, classify photos."""
 
 from __future__ import annotations
 
@@ -91,6 +91,15 @@ def _print_family(family) -> None:
         )
 
 
+def figure(arguments: argparse.Namespace) -> None:
+    """Draw accuracy against training time from a table of records of one study and device."""
+    from .figures import accuracy_against_time
+
+    drawing = accuracy_against_time(records.read_table(arguments.table))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(arguments.output, dpi=130, bbox_inches="tight")
+
+
 def main() -> int:
     """Run a command; bad input ends with a message and status 2."""
     parser = argparse.ArgumentParser(prog="python -m piebridge", description=__doc__)
@@ -108,6 +117,10 @@ def main() -> int:
     command.add_argument("trained", type=Path, help="trained.safetensors of a run")
     command.add_argument("photos", type=Path, nargs="+", help="image files")
     command.set_defaults(run=predict)
+    command = commands.add_parser("figure", help=figure.__doc__)
+    command.add_argument("table", type=Path, help="a CSV of records")
+    command.add_argument("--output", type=Path, required=True, help="image file")
+    command.set_defaults(run=figure)
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)

@@ -25,6 +25,7 @@ def build(tmp_path_factory):
         patch.setenv("PIEBRIDGE_BUILD", str(folder))
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
         patch.setenv("MPLBACKEND", "agg")
+        patch.setenv("OMP_NUM_THREADS", "1")
         patch.chdir(ROOT)
         yield folder
 

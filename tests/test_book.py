@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import ROOT
@@ -19,10 +20,8 @@ def html(executed_notebooks, notebook_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("book")
     shutil.copytree(ROOT / "book", folder / "book")
     shutil.copytree(notebook_folder, folder / "book" / "notebooks")
-    command = [
-        sys.executable, "-m", "jupyter_book", "build", "-q", "-W", "-n", "--keep-going", "--path-output", str(folder),
-        str(folder / "book"),
-    ]
+    builder = str(Path(sys.executable).with_name("jupyter-book"))
+    command = [builder, "build", "-q", "-W", "-n", "--keep-going", "--path-output", str(folder), str(folder / "book")]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-5000:]
     return folder / "_build" / "html"

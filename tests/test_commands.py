@@ -1,10 +1,21 @@
 """The package's commands end bad input with a message and status 2."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
-from tiny import ROOT
+from PIL import Image
+from tiny import ROOT, tiny_study
+
+from piebridge.backbones import load_backbone
+from piebridge.cloud import family_folder
+from piebridge.config import load_study, study_folder
+from piebridge.embedded import handwritten_digits
+from piebridge.experiment import open_experiment, run
+from piebridge.subnets import read_manifest
 
 
 def command(*arguments):
@@ -25,8 +36,17 @@ def test_bad_study_is_a_message_and_status_2(tmp_path, study, overrides, named):
     assert not (tmp_path / "family").exists()
 
 
-def test_generate_makes_a_family_and_its_router(tiny, tmp_path):
-    weights = next((tiny.folder.parents[1] / "backbones").glob("*.safetensors"))
+@pytest.fixture(scope="module")
+def weights(tiny, build):
+    """The file of the tiny study's backbone."""
+    for path in (build / "backbones").glob("*.safetensors"):
+        config = tiny.study.backbone.model_copy(update={"weights": str(path)})
+        if load_backbone(config).fingerprint == tiny.backbone.fingerprint:
+            return path
+    raise AssertionError("the tiny study's backbone has no file")
+
+
+def test_generate_makes_a_family_and_its_router(weights, tmp_path):
     ended = command(
         "generate", str(ROOT / "tests" / "tiny.yaml"), "--set", f"backbone.weights={weights} cloud.steps=2",
         "--output", str(tmp_path / "family"),
@@ -36,6 +56,70 @@ def test_generate_makes_a_family_and_its_router(tiny, tmp_path):
     members = {"subnet_1.safetensors", "subnet_2.safetensors"}
     assert names == members | {"manifest.json", "router.safetensors", "alignment.csv"}
     assert ended.stdout.count("fidelity") == 3
+
+
+def test_check_names_the_folder_of_the_results(build):
+    ended = command("check", "embedded", "--set", "seed=3")
+    assert ended.returncode == 0
+    assert str(study_folder(load_study("embedded", "seed=3"))) in ended.stdout
+    assert command("check", "embedded", "--set", "seed=-3").returncode == 2
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    """A study with one method, run; its overrides and the folder of the run."""
+    overrides = "seed=8 training.methods='[pet]'"
+    experiment = open_experiment(tiny_study(overrides))
+    run(experiment)
+    return overrides, experiment.folder / "runs" / "pet-seed0"
+
+
+def test_summary_prints_what_was_reached(trained):
+    overrides, folder = trained
+    ended = command("summary", str(ROOT / "tests" / "tiny.yaml"), "--set", overrides)
+    assert ended.returncode == 0, ended.stderr
+    reached = json.loads((folder / "record.json").read_text())["record"]["test_accuracy"]
+    assert f"{reached:.2f}".rstrip("0").rstrip(".") in ended.stdout
+    assert str(folder / "trained.safetensors") in ended.stdout
+
+
+def test_summary_of_a_study_that_was_not_run():
+    ended = command("summary", str(ROOT / "tests" / "tiny.yaml"), "--set", "seed=99")
+    assert ended.returncode == 2
+    assert "has not been run" in ended.stderr
+
+
+def test_predict_classifies_photos(trained, tmp_path):
+    images, _ = handwritten_digits()
+    Image.fromarray(images[0]).save(tmp_path / "zero.png")
+    Image.fromarray(images[1]).save(tmp_path / "one.png")
+    photos = [str(tmp_path / "zero.png"), str(tmp_path / "one.png")]
+    ended = command("predict", str(trained[1] / "trained.safetensors"), *photos)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == photos
+    assert all(re.fullmatch(r".*: \d \(\d+\.\d %\)", line) for line in lines)
+
+
+def test_predict_names_the_photo_that_is_none(trained, tmp_path):
+    (tmp_path / "text.png").write_text("no photo")
+    ended = command("predict", str(trained[1] / "trained.safetensors"), str(tmp_path / "text.png"))
+    assert ended.returncode == 2
+    assert "text.png" in ended.stderr
+
+
+def test_measure_writes_new_latencies(tiny, weights, tmp_path):
+    folder = shutil.copytree(family_folder(tiny.study, tiny.backbone), tmp_path / "family")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for facts in manifest["subnets"]:
+        facts["relative_latency"] = None
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    study = [str(ROOT / "tests" / "tiny.yaml"), "--set", f"backbone.weights={weights}"]
+    ended = command("measure", *study, "--family", str(folder))
+    assert ended.returncode == 0, ended.stderr
+    measured = read_manifest(folder)
+    assert all(facts.relative_latency > 0 for facts in measured.subnets)
+    assert [facts.sha256 for facts in measured.subnets] == [facts["sha256"] for facts in manifest["subnets"]]
 
 
 def test_help_lists_the_commands():

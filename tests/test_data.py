@@ -274,6 +274,17 @@ def test_centre_square_of_the_shorter_side():
     assert images[:, :, 1:-1, 1:-1].min() == 255
 
 
+def test_photos_are_turned_as_the_camera_notes(tmp_path):
+    """Orientation 6: the camera was held on its side, the stored image is to be turned clockwise."""
+    upright = Image.fromarray(ramp().T.copy()).convert("RGB")
+    upright.save(tmp_path / "upright.png")
+    notes = Image.Exif()
+    notes[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=95, exif=notes)
+    images, _ = decode([tmp_path / "upright.png", tmp_path / "turned.jpg"], 32, 100)
+    assert (images[0].int() - images[1].int()).abs().max() < 8
+
+
 def test_files_contents_and_arrays_decode_alike(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")

@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import ROOT, same_tensors, tiny_study
 
 from piebridge import experiment as module
 from piebridge import records
+from piebridge.backbones import WeightsError
 from piebridge.config import METHODS
-from piebridge.experiment import open_experiment, run
+from piebridge.experiment import load_trained, open_experiment, run
 from piebridge.methods import REGISTRY
 
 
@@ -98,6 +99,36 @@ def test_trained_file_reaches_the_recorded_accuracy(finished):
     logits = prefix(experiment.task.images[indices]) @ trained["head.weight"].T + trained["head.bias"]
     right = (logits.argmax(1) == experiment.task.labels[indices]).float().mean().item()
     assert table.set_index("method").loc["piebridge", "test_accuracy"] == pytest.approx(100 * right, abs=0.01)
+
+
+@pytest.mark.parametrize("method", REGISTRY)
+def test_trained_network_loads_again(finished, method):
+    experiment, table = finished
+    path = experiment.folder / "runs" / f"{method}-seed0" / "trained.safetensors"
+    network, classes, side = load_trained(path)
+    assert (classes, side) == (list("0123456789"), 32)
+    indices = experiment.task.splits["test"]
+    with torch.inference_mode():
+        right = network(experiment.task.images[indices]).argmax(1) == experiment.task.labels[indices]
+    reached = table.set_index("method").loc[method, "test_accuracy"]
+    assert reached == pytest.approx(100 * right.float().mean().item(), abs=0.01)
+
+
+def test_other_files_are_no_trained_networks(finished, tmp_path):
+    (tmp_path / "text.safetensors").write_text("a text")
+    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "bare.safetensors")
+    for name in ("absent", "text", "bare"):
+        with pytest.raises(WeightsError, match=rf"{name}\.safetensors"):
+            load_trained(tmp_path / f"{name}.safetensors")
+
+
+def test_trained_network_of_other_weights_is_refused(finished, tmp_path):
+    path = finished[0].folder / "runs" / "pet-seed0" / "trained.safetensors"
+    with safe_open(path, "pt") as file:
+        notes = file.metadata() | {"weights_fingerprint": "0" * 16}
+    save_file(load_file(path), tmp_path / "other.safetensors", metadata=notes)
+    with pytest.raises(WeightsError, match=r"other\.safetensors: trained with other weights of embedded"):
+        load_trained(tmp_path / "other.safetensors")
 
 
 def test_finished_runs_are_not_run_again(finished, monkeypatch):
