@@ -11,9 +11,16 @@ from .config import load_study, study_folder
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Validate a study and say where its results go."""
+    """Validate a study, its data and weights, and say where its results go."""
+    from .backbones import load_backbone
+    from .data import find_task
+
     study = load_study(arguments.study, arguments.set)
-    print(f"{arguments.study} is valid; results go to {study_folder(study)}")
+    _, _, classes, splits = find_task(study)
+    if study.backbone.name != "embedded":
+        load_backbone(study.backbone)
+    sizes = ", ".join(f"{len(indices)} {name}" for name, indices in splits.items())
+    print(f"{arguments.study}: {len(classes)} classes, images: {sizes}\nresults go to {study_folder(study)}")
 
 
 def summary(arguments: argparse.Namespace) -> None:

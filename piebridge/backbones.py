@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,8 +135,21 @@ def _architecture(config: BackboneConfig) -> nn.Module:
     if config.name in ("deit_tiny_patch16_224", "vit_tiny_patch16_224"):
         import timm
 
-        return timm.create_model(config.name, pretrained=library_weights, dynamic_img_size=True)
-    return torchvision.models.get_model(config.name, weights="DEFAULT" if library_weights else None)
+        return _with_weights(config, lambda: timm.create_model(
+            config.name, pretrained=library_weights, dynamic_img_size=True
+        ))
+    weights = "DEFAULT" if library_weights else None
+    return _with_weights(config, lambda: torchvision.models.get_model(config.name, weights=weights))
+
+
+def _with_weights(config: BackboneConfig, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except OSError as error:  # the library could not download its weights
+        raise WeightsError(
+            f"backbone.weights: those of {config.name} could not be downloaded ({error}); set PIEBRIDGE_WEIGHTS to a "
+            f"folder that holds {config.name}.safetensors, or backbone.weights to a file"
+        ) from error
 
 
 def _weights_file(config: BackboneConfig) -> Path | None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import DataConfig, Study
 from .embedded import handwritten_digits, render_characters
@@ -78,8 +78,7 @@ def load_task(study: Study, scratch: Optional[Path] = None) -> Task:
         DataError: no such folder, an empty class, too few images, a corrupt image.
     """
     config = study.data
-    sources, labels, splits, classes = _find_samples(config)
-    chosen = _split(config, labels, splits, classes, np.random.default_rng(study.seed))
+    sources, labels, classes, chosen = find_task(study)
     order = np.concatenate([chosen[name] for name in SPLITS])
     images, good = decode(
         [sources[i] for i in order], study.backbone.resolution, config.memory_mib, scratch,
@@ -90,6 +89,19 @@ def load_task(study: Study, scratch: Optional[Path] = None) -> Task:
     position = torch.arange(len(order))
     indices = {name: position[start:end][torch.from_numpy(good[start:end])] for name, start, end in bounds}
     return Task(tuple(classes), images, torch.tensor([labels[i] for i in order]), indices)
+
+
+def find_task(study: Study) -> tuple[list[Source], list[int], list[str], dict[str, np.ndarray]]:
+    """Find and split the target task of a study, without decoding an image.
+
+    Returns:
+        Sources of all images, their labels, the class names, and the indices of each split.
+
+    Raises:
+        DataError: no such folder, an empty class, too few images.
+    """
+    sources, labels, splits, classes = _find_samples(study.data)
+    return sources, labels, classes, _split(study.data, labels, splits, classes, np.random.default_rng(study.seed))
 
 
 def _find_samples(config: DataConfig) -> tuple[list[Source], list[int], Optional[list[str]], list[str]]:

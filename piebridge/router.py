@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .backbones import IMAGENET_MEAN, IMAGENET_STD, Input
 from .config import RouterConfig
