@@ -7,20 +7,39 @@ import sys
 from pathlib import Path
 
 from . import records
-from .config import load_study, study_folder
+from .config import Study, load_study, study_folder
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Validate a study, its data and weights, and say where its results go."""
-    from .backbones import load_backbone
     from .data import find_task
 
     study = load_study(arguments.study, arguments.set)
     _, _, classes, splits = find_task(study)
-    if study.backbone.name != "embedded":
-        load_backbone(study.backbone)
     sizes = ", ".join(f"{len(indices)} {name}" for name, indices in splits.items())
     print(f"{arguments.study}: {len(classes)} classes, images: {sizes}\nresults go to {study_folder(study)}")
+    if study.backbone.name != "embedded":  # that one is made by the study itself
+        print(_forecast(study, len(splits["train"]) + len(splits["validation"])))
+
+
+def _forecast(study: Study, images: int) -> str:
+    """What the frozen layers alone would cost on this machine."""
+    import torch
+
+    from .backbones import load_backbone
+    from .costs import latency
+    from .engines import prepare
+    from .pet import cut_of
+
+    torch.set_num_threads(study.training.threads or torch.get_num_threads())
+    backbone = load_backbone(study.backbone)
+    prefix, _ = backbone.cut(cut_of(backbone, study.pet))
+    batch = backbone.example(study.training.prefix_batch)
+    seconds = images * study.training.epochs * latency(prepare(prefix, "eager", batch), batch, repeats=3)
+    return (
+        f"what it would cost: the frozen layers take about {seconds:.0f} s in pet ({images} images, "
+        f"{study.training.epochs} epochs), and about {study.routing.cost * seconds:.0f} s in piebridge"
+    )
 
 
 def summary(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -300,7 +301,7 @@ def decode(
                     f"{name}: cannot be decoded ({error}); remove it, or set data.on_corrupt=skip to leave it out"
                 ) from error
             good[index] = False
-            tqdm.write(f"left out, cannot be decoded: {name}")
+            tqdm.write(f"left out, cannot be decoded: {name}", file=sys.stderr)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = tqdm(pool.map(place, range(len(sources))), total=len(sources), desc=progress, disable=len(sources) < 500)

@@ -315,7 +315,7 @@ def test_corrupt_image_is_left_out(tmp_path, capsys):
     spoil(tmp_path / "b" / "image_0003.jpg", "text")
     task = task_of(tmp_path, overrides="data.on_corrupt=skip")
     assert sum(counts_of(task).values()) == sum(whole.values()) - 1
-    assert "image_0003.jpg" in capsys.readouterr().out
+    assert "image_0003.jpg" in capsys.readouterr().err
     used = torch.cat(list(task.splits.values()))
     reds = [round(task.images[i, 0].float().mean().item(), -1) for i in used if task.labels[i] == 1]
     assert sorted(reds) == [0, 10, 20, 40, 50]
