@@ -77,19 +77,28 @@ def predict(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Prune, align and save a family and its router: the cloud side, on a machine with a GPU."""
+    """Prune, align and save a family and its router: the cloud side, on one GPU or, under torchrun, on several."""
+    from accelerate import PartialState
+
     from .backbones import load_backbone
+    from .checkpoints import Checkpoint
     from .cloud import generate_family, learn_router
     from .data import load_cloud
     from .router import save_router
     from .subnets import save_family
 
     study = load_study(arguments.study, arguments.set)
-    backbone = load_backbone(study.backbone)
-    family, history = generate_family(study, backbone, load_cloud(study))
-    save_family(family, arguments.output)
-    records.write_table(arguments.output / "alignment.csv", history)
-    save_router(learn_router(study, backbone, family), study.router, arguments.output)
+    output: Path = arguments.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = output.parent / f".{output.name}-{study.fingerprint()}.alignment.safetensors"
+    backbone, images = load_backbone(study.backbone), load_cloud(study)
+    family, history = generate_family(study, backbone, images, checkpoint)
+    if not PartialState().is_main_process:
+        return
+    save_family(family, output)
+    records.write_table(output / "alignment.csv", history)
+    save_router(learn_router(study, backbone, family, images.train), study.router, output)
+    Checkpoint(checkpoint).remove()
     _print_family(family)
 
 

@@ -1,135 +1,268 @@
 """Alignment: the subnets learn to give the original's latents, on public images.
 
 All members are trained together against one pass of the original. Source of the idea: pre-training-assisted latent
-space alignment (PieBridge, SenSys 2024, appendix A.1); losses and schedule are this project's.
+space alignment (PieBridge, SenSys 2024, appendix A.1); losses, schedule and engineering are this project's.
+
+On a GPU a step of nine small networks is thousands of short kernels, and launching them one by one would take longer
+than running them. So a step is recorded once as a CUDA graph and replayed, each member in a stream of its own.
+Several GPUs (torchrun) share each batch; what they exchange in a step is one mean of one flat tensor of gradients.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Optional
 
 import pandas as pd
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from .checkpoints import Checkpoint
 from .config import CloudConfig
+from .crops import random_crops
+from .goal import Goal, attention, stage_ends
 
-FROZEN_STATISTICS = 0.2  # share of the steps, at the end, in which batch norm already uses its running statistics
+HISTORY = ["step", "seconds", "images_per_second", "member", "loss"]
+MOMENT_IMAGES = 2048  # crops from which mean and covariance of the latents are known
+PRECISION = torch.bfloat16  # on a GPU; range matters more than digits, so no loss scaling is needed
+WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
 
 def align(
     members: Sequence[nn.Module], prefix: nn.Module, tail: nn.Module, images: Tensor, resolution: int,
-    config: CloudConfig, seed: int,
+    config: CloudConfig, seed: int, checkpoint: Optional[Path] = None,
 ) -> pd.DataFrame:
     """Train the members in place until their latents are near the original's.
 
-    The loss of a member is 1 - cosine of the centred latents, plus their squared error over the original's variance,
-    plus `config.kl_weight` times the KL divergence of the class probabilities that the original's `tail` reads out of
-    both. Batch norm learns from batches at first and is frozen for the last fifth, so that what is aligned is what
-    will be used.
+    What is trained of a member is what requires a gradient when it comes in. Batch norm learns from batches at first
+    and is frozen for the last `loss.frozen_statistics` of the steps, so that what is aligned is what will be used.
+    Under torchrun each process takes its part of every batch; images and crops are drawn for the whole batch with the
+    same seed everywhere, so the losses are those of one process but for batch norm, whose statistics are of a part.
 
     Args:
-        members: subnets, uint8 or float images in [0, 255] to latents.
+        members: subnets, uint8 or float images in [0, 255] to latents; on the device of `config`.
         prefix: the original, frozen.
         tail: the original's layers behind the cut, latents to logits, frozen.
         images: uint8, shape (N, 3, S, S), anywhere; batches are cropped on the members' device.
         resolution: side of the crops, pixels.
-        config: steps, batch_size, learning_rate, kl_weight, crop_area, device.
+        config: steps, batch_size, learning_rate, loss, crop_area, mixed, device.
         seed: of batches and crops.
+        checkpoint: file in which the state is kept while it runs; a run that finds it goes on from there.
 
     Returns:
-        A row a logged step: step, seconds, member (index from 1), loss.
+        A row a logged step and member: step, seconds, images_per_second, member (index from 1), loss.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly among the processes.
     """
-    device = torch.device(config.device)
+    processes = PartialState(cpu=config.device == "cpu")
+    if not config.steps or not members:
+        return pd.DataFrame(columns=HISTORY)
+    device = processes.device if config.device == "cuda" else torch.device(config.device)
+    if config.batch_size % processes.num_processes:
+        raise ValueError(
+            f"cloud.batch_size: {config.batch_size} images cannot be shared by {processes.num_processes} processes"
+        )
     images = images.to(device)
-    networks = [network.to(device).to(memory_format=torch.channels_last) for network in (prefix, tail, *members)]
-    prefix, tail, members = networks[0], networks[1], networks[2:]
     generator = torch.Generator(device).manual_seed(seed)
-    parameters = [parameter for member in members for parameter in member.requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.01, fused=True)
-    # a warm-up of exactly one step makes OneCycleLR divide by zero, hence the 1e-9
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1 + 1e-9)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    mean, variance = _moments(prefix, images, resolution, config, generator)
-    history, start = [], time.perf_counter()
-    for step in tqdm(range(config.steps), desc="aligning subnets"):
-        learning_statistics = step < (1 - FROZEN_STATISTICS) * config.steps
+    prefix, tail = (network.to(device).to(memory_format=torch.channels_last) for network in (prefix, tail))
+    members = [member.to(device).to(memory_format=torch.channels_last) for member in members]
+    sample = images[torch.randint(len(images), (MOMENT_IMAGES,), generator=generator, device=device)]
+    goal = Goal.of(prefix, random_crops(sample, resolution, config.crop_area, generator), config.loss)
+    step = _Step(members, prefix, tail, goal, config, resolution, device, processes)
+    state = Checkpoint(checkpoint, enabled=processes.is_main_process)
+    history, first, earlier = state.load(step.tensors(), generator) or ([], 0, 0.0)
+
+    frozen_from = round((1 - config.loss.frozen_statistics) * config.steps)
+    part = (processes.process_index, processes.num_processes)
+    begin, logged = time.perf_counter(), max(1, config.steps // 50)
+    last_step, last_seconds = first, earlier
+    progress = tqdm(
+        total=config.steps * config.batch_size, initial=first * config.batch_size, desc="aligning subnets",
+        unit=" images", unit_scale=True, mininterval=1.0, disable=not processes.is_main_process,
+    )
+    for number in range(first, config.steps):
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator, device=device)
-        batch = random_crops(images[chosen], resolution, config.crop_area, generator)
-        with torch.no_grad(), autocast:
-            target = prefix(batch).float()
-            log_probabilities = tail(target).float().log_softmax(1)
-        losses = []
-        for member in members:
-            member.train(learning_statistics)
-            with autocast:
-                latents = member(batch)
-                logits = tail(latents) if config.kl_weight else None
-            loss = _latent_loss(latents.float(), target, mean, variance)
-            if config.kl_weight:
-                loss = loss + config.kl_weight * functional.kl_div(
-                    logits.float().log_softmax(1), log_probabilities, reduction="batchmean", log_target=True
-                )
-            loss.backward()
-            losses.append(loss.detach())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % max(1, config.steps // 50) == 0 or step == config.steps - 1:
-            seconds = time.perf_counter() - start
-            history += [(step, seconds, index, loss.item()) for index, loss in enumerate(losses, start=1)]
+        batch = random_crops(images[chosen], resolution, config.crop_area, generator, config.mixed, part)
+        losses = step(batch, one_cycle(number / config.steps) * config.learning_rate, number < frozen_from)
+        if number % logged == 0 or number == config.steps - 1:
+            mean_losses = reduce(losses.clone(), "mean").tolist()  # reading them waits for the device
+            seconds = earlier + time.perf_counter() - begin
+            rate = (number + 1 - last_step) * config.batch_size / max(seconds - last_seconds, 1e-9)
+            history += [(number, seconds, rate, index, loss) for index, loss in enumerate(mean_losses, start=1)]
+            last_step, last_seconds = number + 1, seconds
+        progress.update(config.batch_size)
+        if state.due():
+            state.save(step.tensors(), generator, history, number + 1, earlier + time.perf_counter() - begin)
+    progress.close()
+    state.close()
+    step.share_statistics()
     for member in members:
         member.requires_grad_(False).eval()
-    return pd.DataFrame(history, columns=["step", "seconds", "member", "loss"])
+    return pd.DataFrame(history, columns=HISTORY)
 
 
-def _latent_loss(latents: Tensor, target: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    latents, target = (latents - mean).flatten(1), (target - mean).flatten(1)
-    cosine = functional.cosine_similarity(latents, target).mean()
-    return 1 - cosine + functional.mse_loss(latents, target) / variance
+def one_cycle(progress: float) -> float:
+    """Learning rate relative to its peak: a linear rise, then half a cosine to zero; `progress` in [0, 1)."""
+    if progress < WARM_UP:
+        return max(0.04, progress / WARM_UP)
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
-def _moments(prefix: nn.Module, images: Tensor, resolution: int, config: CloudConfig, generator: torch.Generator):
-    """Mean latent and mean variance of the original on a thousand crops."""
-    chosen = torch.randint(len(images), (1024,), generator=generator, device=images.device)
-    with torch.no_grad():
-        crops = random_crops(images[chosen], resolution, config.crop_area, generator)
-        latents = torch.cat([prefix(batch) for batch in crops.split(64)])
-    mean = latents.mean(0, keepdim=True)
-    return mean, (latents - mean).square().mean()
+def _run(network: nn.Sequential, images: Tensor, watched: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+    """Output of the network, and that of the watched blocks."""
+    seen = []
+    for name, block in network.named_children():
+        images = block(images)
+        if name in watched:
+            seen.append(images)
+    return images, seen
 
 
-def random_crops(images: Tensor, resolution: int, smallest_area: float, generator: torch.Generator) -> Tensor:
-    """Random crops, flips, brightness and contrast, each image its own, on the images' device.
+class _Step:
+    """One step of all members: forward, backward, mean of the gradients over the processes, AdamW."""
 
-    Args:
-        images: uint8, shape (B, 3, S, S).
-        resolution: side of the result.
-        smallest_area: share of the image that a crop shows at least; aspect ratios go from 3/4 to 4/3.
-        generator: on the same device.
+    def __init__(self, members, prefix, tail, goal, config: CloudConfig, resolution: int, device, processes) -> None:
+        self.members, self.prefix, self.tail, self.goal = members, prefix, tail, goal
+        self.config, self.device, self.processes = config, device, processes
+        self.on_gpu = device.type == "cuda"
+        size = config.batch_size // processes.num_processes
+        self.batch = torch.zeros(size, 3, resolution, resolution, device=device).contiguous(
+            memory_format=torch.channels_last
+        )
+        self.losses = torch.zeros(len(members), device=device)
+        self.trained = [[weight for weight in member.parameters() if weight.requires_grad] for member in members]
+        # members can have weights in common, which are trained once, by the sum of their gradients
+        unique = list(dict.fromkeys(weight for weights in self.trained for weight in weights))
+        self.flat = _flat_gradients(unique)
+        self.watched = [[] for _ in range(len(members) + 1)]
+        if config.loss.features:
+            self.watched = [stage_ends(network, self.batch[:1]) for network in (prefix, *members)]
+        self.streams = [torch.cuda.Stream() for _ in members] if self.on_gpu else [None] * len(members)
+        self.optimizer = torch.optim.AdamW(
+            unique, weight_decay=0.01, fused=True,
+            lr=torch.zeros((), device=device) if self.on_gpu else 0.0, capturable=self.on_gpu,
+        )
+        self.share_start()
+        self.optimizer.step()  # gradients and learning rate are zero: it only makes the moments, for the checkpoint
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
+        self.update = _Replayed(self.optimizer.step, self.on_gpu)
+        self.learning_statistics: Optional[bool] = None
 
-    Returns:
-        float32 in [0, 255], shape (B, 3, resolution, resolution), channels-last.
+    def __call__(self, batch: Tensor, learning_rate: float, learning_statistics: bool) -> Tensor:
+        """Take a step; returns the losses, shape (members,), which the next step overwrites."""
+        self.batch.copy_(batch)
+        if learning_statistics != self.learning_statistics:
+            self.learning_statistics = learning_statistics
+            for member in self.members:
+                member.train(learning_statistics)
+            self.compute = _Replayed(self._compute, self.on_gpu)
+        self.compute()
+        if self.processes.num_processes > 1:
+            self.flat.copy_(reduce(self.flat, "mean"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(learning_rate) if self.on_gpu else learning_rate
+        self.update()
+        return self.losses
+
+    def _compute(self) -> None:
+        autocast = torch.autocast(self.device.type, PRECISION, enabled=self.on_gpu, cache_enabled=False)
+        with torch.no_grad():
+            with autocast:
+                latents, maps = _run(self.prefix, self.batch, self.watched[0])
+                logits = self.tail(latents)
+            wanted, log_probabilities = self.goal.place(latents), logits.float().log_softmax(1)
+            looks = [attention(seen, min(seen.shape[-1], 4)) for seen in maps]
+        current, gradients = torch.cuda.current_stream() if self.on_gpu else None, []
+        for index, (member, weights, stream) in enumerate(zip(self.members, self.trained, self.streams)):
+            if stream is not None:
+                stream.wait_stream(current)
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                with autocast:
+                    latents, maps = _run(member, self.batch, self.watched[index + 1])
+                    logits = self.tail(latents) if self.config.loss.kl else None
+                loss = self.goal.latent_loss(latents, wanted)
+                if logits is not None:
+                    loss = loss + self.config.loss.kl * functional.kl_div(
+                        logits.float().log_softmax(1), log_probabilities, reduction="batchmean", log_target=True
+                    )
+                for seen, look in zip(maps, looks):
+                    near = functional.mse_loss(attention(seen, round(look.shape[1] ** 0.5)), look, reduction="sum")
+                    loss = loss + self.config.loss.features * near / len(look)
+                gradients.append(torch.autograd.grad(loss, weights))
+                self.losses[index].copy_(loss.detach())
+        if self.on_gpu:
+            for stream in self.streams:
+                current.wait_stream(stream)
+        self.flat.zero_()
+        for weights, own in zip(self.trained, gradients):
+            torch._foreach_add_([weight.grad for weight in weights], list(own))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes while training, by name; shared, not copied."""
+        named = {f"member.{i}.{key}": value for i, member in enumerate(self.members)
+                 for key, value in member.state_dict().items()}
+        for index, weight in enumerate(self.optimizer.param_groups[0]["params"]):
+            named |= {f"optimizer.{index}.{key}": value for key, value in self.optimizer.state[weight].items()}
+        return named
+
+    def share_start(self) -> None:
+        """All processes start from the first one's weights."""
+        if self.processes.num_processes > 1:
+            for member in self.members:
+                for tensor in member.state_dict().values():
+                    tensor.copy_(broadcast(tensor))
+
+    def share_statistics(self) -> None:
+        """Batch norm's running statistics, each process's own while training, become their mean."""
+        if self.processes.num_processes > 1:
+            for member in self.members:
+                for buffer in member.buffers():
+                    if buffer.is_floating_point():
+                        buffer.copy_(reduce(buffer.clone(), "mean"))
+
+
+def _flat_gradients(weights: Sequence[Tensor]) -> Tensor:
+    """Give the weights gradients that are views of one flat tensor, which is returned."""
+    flat = torch.zeros(sum(weight.numel() for weight in weights), device=weights[0].device if weights else None)
+    offset = 0
+    for weight in weights:
+        weight.grad = flat.as_strided(weight.shape, weight.stride(), offset)
+        offset += weight.numel()
+    return flat
+
+
+class _Replayed:
+    """A function that launches GPU kernels on the same tensors each time, replayed as one CUDA graph.
+
+    It is called as it is at first, because libraries choose and load kernels in their first calls, and for ever where
+    there is no GPU or recording fails.
     """
-    count, device = len(images), images.device
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(count, generator=generator, device=device) * (high - low) + low
+    RECORD_AT = (20, 100, 500)  # calls in which recording is tried
 
-    area, ratio = uniform(smallest_area, 1.0), torch.exp(uniform(-0.2877, 0.2877))
-    width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
-    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    zero = torch.zeros_like(width)
-    across = torch.stack([width * flip, zero, (1 - width) * uniform(-1, 1)], dim=1)
-    down = torch.stack([zero, height, (1 - height) * uniform(-1, 1)], dim=1)
-    grid = functional.affine_grid(
-        torch.stack([across, down], dim=1), (count, 3, resolution, resolution), align_corners=False
-    )
-    crops = functional.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    contrast, brightness = uniform(0.7, 1.3).view(-1, 1, 1, 1), uniform(-30, 30).view(-1, 1, 1, 1)
-    means = crops.mean((1, 2, 3), keepdim=True)
-    jittered = ((crops - means) * contrast + means + brightness).clamp(0, 255)
-    return jittered.contiguous(memory_format=torch.channels_last)
+    def __init__(self, function: Callable[[], object], on_gpu: bool) -> None:
+        self.function, self.on_gpu, self.calls = function, on_gpu, 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.on_gpu and self.calls in self.RECORD_AT:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self.function()
+                self.function, self.on_gpu = graph.replay, False
+            except RuntimeError as error:
+                reason = str(error.__context__ or error).splitlines()[0]
+                tqdm.write(f"no CUDA graph at call {self.calls} ({reason}): kernels are launched one by one")
+        self.function()

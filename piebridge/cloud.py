@@ -7,9 +7,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Optional
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,6 +21,7 @@ from . import costs, records
 from .alignment import align
 from .backbones import Backbone, load_backbone, take_apart
 from .config import Study, SubnetSpec, build_folder, project_root
+from .cutting import cut_set
 from .data import CloudImages, load_cloud
 from .embedded import SmallResNet
 from .pet import cut_of
@@ -27,12 +30,10 @@ from .subnets import (
     PREFIX_BATCH,
     Family,
     FamilyError,
-    Manifest,
-    cut_subnet,
-    facts_of,
     fidelity,
     latents_of,
     load_family,
+    make_family,
     measure_latencies,
     read_manifest,
     save_family,
@@ -127,50 +128,61 @@ def free_family(study: Study, backbone: Backbone) -> Family:
     shares = (0.75, 0.625, 0.5, 0.375)
     step = 16 if hasattr(backbone.blocks, "embed") else 8  # whole patches of a vision transformer
     specs = [SubnetSpec(resolution=max(16, round(share * backbone.resolution / step) * step)) for share in shares]
-    members = [(spec, *cut_subnet(prefix, spec, backbone.example(2))) for spec in specs]
-    family = _family(study, backbone, prefix, members, {"alignment": "none"})
+    cuts = [cut for spec in specs for cut in cut_set(prefix, spec, backbone.example(2))]
+    family = make_family(backbone, cut_of(backbone, study.pet), prefix, cuts, {"alignment": "none"})
     return measure_latencies(family, backbone.example(PREFIX_BATCH))
 
 
-def generate_family(study: Study, backbone: Backbone, images: CloudImages) -> tuple[Family, pd.DataFrame]:
+def generate_family(
+    study: Study, backbone: Backbone, images: CloudImages, checkpoint: Optional[Path] = None
+) -> tuple[Family, pd.DataFrame]:
     """Prune, align and measure a family.
+
+    Args:
+        study, backbone, images: the cloud side's parameters, the original, its public images.
+        checkpoint: file that keeps the alignment's state, from which a killed run goes on.
 
     Returns:
         The family (on the CPU, from dear to cheap, latencies measured on this machine's CPU) and the alignment's
         history as `align` gives it.
     """
     config, device, started = study.cloud, torch.device(study.cloud.device), records.provenance()
+    if device.type == "cuda":
+        device = PartialState().device  # under torchrun each process has its own
     original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
     sample = images.held_out[:64].to(device)
-    members = [(spec, *cut_subnet(original, spec, sample)) for spec in config.subnets]
-    members.sort(key=lambda member: -costs.macs(member[1], sample[:1]))
-    history = pd.DataFrame(columns=["step", "seconds", "member", "loss"])
-    if config.steps:
-        networks = [network for _, network, _ in members]
-        history = align(networks, original, tail, images.train, backbone.resolution, config, study.seed)
+    cuts = [cut for spec in config.subnets for cut in cut_set(original, spec, sample, config)]
+    networks = [cut.network for cut in cuts]
+    history = align(networks, original, tail, images.train, backbone.resolution, config, study.seed, checkpoint)
     provenance = {
         **started, "study": study.name, "steps": config.steps, "batch_size": config.batch_size,
         "images": len(images.train), "held_out": len(images.held_out),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else records.processor_name(),
-        "alignment_seconds": round(float(history["seconds"].max()), 1) if len(history) else 0.0,
+        "devices": PartialState().num_processes,
+        **_throughput(history, [original, *networks], sample[:1], device),
     }
-    family = _family(study, backbone, original, members, provenance)
+    family = make_family(backbone, cut_of(backbone, study.pet), original, cuts, provenance)
     family = with_fidelity(family, images.held_out.to(device))
     for network in family.networks:
         network.cpu()
-    return measure_latencies(family, images.held_out[:PREFIX_BATCH]), history
+    if PartialState().is_main_process:
+        family = measure_latencies(family, images.held_out[:PREFIX_BATCH])
+    return family, history
 
 
-def _family(study: Study, backbone: Backbone, prefix: nn.Module, members: Sequence, provenance: dict) -> Family:
-    device = next(prefix.buffers()).device
-    original_macs = costs.macs(prefix, backbone.example().to(device))
-    facts = [facts_of(prefix, (), SubnetSpec(), backbone, original_macs)]
-    facts += [facts_of(network, removed, spec, backbone, original_macs) for spec, network, removed in members]
-    manifest = Manifest(
-        backbone=backbone.name, weights_fingerprint=backbone.fingerprint, cut=cut_of(backbone, study.pet),
-        resolution=backbone.resolution, subnets=tuple(facts), provenance=provenance,
-    )
-    return Family(manifest, [prefix, *(network for _, network, _ in members)])
+def _throughput(history: pd.DataFrame, networks: Sequence[nn.Module], example: Tensor, device: torch.device) -> dict:
+    """Seconds of the alignment, images a second, and what share of the GPU's peak that means."""
+    if not len(history):
+        return {"alignment_seconds": 0.0}
+    images_per_second = float(history["images_per_second"].median())
+    facts = {"alignment_seconds": round(float(history["seconds"].max()), 1),
+             "images_per_second": round(images_per_second)}
+    if device.type == "cuda":
+        # a forward pass of the original; forward, gradient of the weights and of the input for each member
+        macs = costs.macs(networks[0], example) + 3 * sum(costs.macs(network, example) for network in networks[1:])
+        processes = PartialState().num_processes
+        facts["share_of_peak"] = round(2 * macs * images_per_second / processes / costs.peak_flops(device), 4)
+    return facts
 
 
 def with_fidelity(family: Family, held_out: Tensor) -> Family:
@@ -189,15 +201,18 @@ def obtain_router(study: Study, backbone: Backbone, family: Family) -> Router:
     """The router of the study's family; trained first if the family has none."""
     folder = family_folder(study, backbone)
     if not (folder / "router.safetensors").is_file():
-        save_router(learn_router(study, backbone, family), study.router, folder)
+        save_router(learn_router(study, backbone, family, load_cloud(study).train), study.router, folder)
     return load_router(folder)
 
 
-def learn_router(study: Study, backbone: Backbone, family: Family) -> Router:
-    """Train a router for a family on the study's public images."""
-    public = load_cloud(study).train[:ROUTER_IMAGES]
-    whole = [_whole(batch, backbone.resolution) for batch in public.split(256)]
-    latents = [torch.cat([latents_of(network, batch) for batch in whole]) for network in family.networks]
+def learn_router(study: Study, backbone: Backbone, family: Family, public: Tensor) -> Router:
+    """Train a router for a family on public images, uint8 (N, 3, S, S), on the cloud side's device."""
+    device = torch.device(study.cloud.device)
+    whole = [_whole(batch, backbone.resolution) for batch in public[:ROUTER_IMAGES].split(256)]
+    latents = []
+    for network in family.networks:
+        network = copy.deepcopy(network).to(device)
+        latents.append(torch.cat([latents_of(network, batch.to(device)).cpu() for batch in whole]))
     _, tail = backbone.cut(family.manifest.cut)
     return train_router(torch.cat(whole), member_losses(latents, tail), family.relative_macs, study.router, study.seed)
 

@@ -89,12 +89,50 @@ class SubnetSpec(Section):
     """How one subnet differs from the original; 1.0, 1.0 and no resolution is the original itself."""
 
     width: Annotated[float, Field(ge=0.05, le=1.0)] = Field(1.0, description="Share of channels kept in every layer.")
+    widths: dict[str, Annotated[float, Field(ge=0.05, le=1.0)]] = Field(
+        {}, description="Other shares of channels for the blocks whose names begin so, e.g. {layer4: 0.25}."
+    )
     depth: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         1.0, description="Share kept of the blocks that can be removed; those least needed go first."
     )
     without: tuple[str, ...] = Field((), description="Blocks removed by name, besides those that depth removes.")
     resolution: Optional[Annotated[int, Field(ge=8, le=512)]] = Field(
         None, description="Side of the subnet's input, pixels; default: the backbone's."
+    )
+    resolutions: tuple[Annotated[int, Field(ge=8, le=512)], ...] = Field(
+        (), description="Several sides instead: a subnet for each, which have their dense convolutions in common and "
+        "batch norms of their own."
+    )
+    shared: tuple[str, ...] = Field(
+        (), description="Blocks whose dense convolutions stay the original's, neither aligned nor stored; width 1 only."
+    )
+
+    @model_validator(mode="after")
+    def _shareable(self) -> SubnetSpec:
+        if self.shared and (self.width < 1 or self.widths):
+            raise ValueError("shared blocks keep all their channels: give width 1, or leave shared out")
+        if self.resolutions and (self.shared or self.resolution is not None):
+            raise ValueError("resolutions go neither with resolution nor with shared")
+        return self
+
+
+class AlignmentLoss(Section):
+    """What a subnet's latents are told while they are aligned: weights of the loss's terms."""
+
+    space: Literal["plain", "centred", "whitened"] = Field(
+        "centred", description="Where latents are compared: as they are, less the original's mean latent, or also "
+        "with the original's covariance made the identity."
+    )
+    cosine: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of 1 - cosine similarity.")
+    mse: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of the squared error over the variance.")
+    kl: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Weight of the KL divergence of the class probabilities that the original's classifier reads."
+    )
+    features: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of the squared error of attention maps at the end of each stage."
+    )
+    frozen_statistics: Share = Field(
+        0.2, description="Share of the steps, the last ones, in which batch norm uses its running statistics."
     )
 
 
@@ -107,13 +145,16 @@ class CloudConfig(Section):
         "was made for exactly these weights, else full-width members at lower resolutions, which need no alignment), "
         "or the path of a family's folder.",
     )
-    data: Union[Literal["characters"], Path] = Field(
+    data: Union[Literal["characters"], Path, tuple[Path, ...]] = Field(
         "characters",
-        description="Public images: `characters` (rendered from fonts), or a folder, searched recursively, of Parquet "
-        "files with columns image and label or of photos.",
+        description="Public images: `characters` (rendered from fonts), or a folder or several, searched recursively, "
+        "of Parquet files with columns image and label or of photos.",
     )
     images: PositiveInt = Field(8000, description="characters: how many training images are rendered.")
-    held_out: PositiveInt = Field(1000, description="Images on which fidelity is measured, never trained on.")
+    held_out: PositiveInt = Field(
+        1000, description="Images on which fidelity is measured, never trained on: of the files named validation-*, "
+        "or else drawn from the first folder."
+    )
     backbone_epochs: PositiveInt = Field(4, description="embedded: epochs of pretraining on the characters.")
     subnets: tuple[SubnetSpec, ...] = Field(
         (
@@ -122,13 +163,26 @@ class CloudConfig(Section):
         ),
         description="The members of the family besides the original.",
     )
+    importance: Literal["magnitude", "taylor"] = Field(
+        "magnitude", description="What says which channels are needed: their weights' magnitude, or the first-order "
+        "change of the alignment's loss on public images without them."
+    )
+    ratios: Literal["uniform", "global"] = Field(
+        "uniform", description="The same share of channels pruned in every layer, or the least important of them all."
+    )
+    round_to: PositiveInt = Field(8, description="Channel counts are multiples of this: what the processor likes.")
     steps: Annotated[int, Field(ge=0)] = Field(300, description="Alignment steps; 0 leaves the members unaligned.")
     batch_size: PositiveInt = Field(64, description="Images an alignment step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak learning rate of AdamW, one-cycle.")
-    kl_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of the KL term; cosine and MSE have 1.")
-    device: str = Field("cpu", description="Torch device of the cloud side.")
+    loss: AlignmentLoss = AlignmentLoss()
+    device: str = Field(
+        "cpu", description="Torch device of the cloud side; under torchrun each process takes a device of this kind."
+    )
     crop_area: Annotated[float, Field(gt=0, le=1)] = Field(
         0.7, description="Share of an image that a random crop shows at least while aligning."
+    )
+    mixed: Share = Field(
+        0.0, description="Share of the crops in which a rectangle comes from another image (CutMix without labels)."
     )
 
 
@@ -225,9 +279,10 @@ class Study(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Study:
         for spec in self.cloud.subnets:
-            if spec.resolution is not None and spec.resolution > self.backbone.resolution:
+            largest = max((spec.resolution or 0, *spec.resolutions))
+            if largest > self.backbone.resolution:
                 raise ValueError(
-                    f"cloud.subnets: resolution {spec.resolution} exceeds the backbone's {self.backbone.resolution}"
+                    f"cloud.subnets: resolution {largest} exceeds the backbone's {self.backbone.resolution}"
                 )
         if self.cloud.data == "characters" and self.backbone.name != "embedded" and self.cloud.family == "generate":
             raise ValueError(

@@ -57,6 +57,20 @@ def latency(function: Callable[[Tensor], object], images: Tensor, repeats: int =
     return statistics.median(seconds[2:]) / len(images)
 
 
+def peak_flops(device: str | torch.device, side: int = 8192) -> float:
+    """Floating-point operations a second of a large bfloat16 matrix product on a GPU: what it can do at best."""
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    matrix @ matrix
+    seconds = []
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        matrix @ matrix
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(seconds)
+
+
 class Stopwatch:
     """Adds up wall-clock seconds under names: `with stopwatch("prefix"): ...`."""
 

@@ -343,7 +343,8 @@ def load_cloud(study: Study) -> CloudImages:
             pixels[: config.images], pixels[config.images :], torch.from_numpy(characters.labels[: config.images]),
             torch.from_numpy(characters.difficulty[config.images :]),
         )
-    sources, held_out = _public_images(_cloud_folder(Path(config.data)), config.held_out, study.seed)
+    folders = config.data if isinstance(config.data, tuple) else (config.data,)
+    sources, held_out = _public_images([_cloud_folder(path) for path in folders], config.held_out, study.seed)
     unlimited = 2**30  # a cloud machine holds its images in memory
     train, _ = decode(sources, round(1.25 * side), unlimited, progress="decoding cloud images")
     return CloudImages(train, decode(held_out, side, unlimited)[0])
@@ -357,25 +358,32 @@ def _cloud_folder(path: Path) -> Path:
     raise DataError(f"cloud.data: {path}: no such folder, neither here nor below PIEBRIDGE_DATA")
 
 
-def _public_images(folder: Path, held_out: int, seed: int) -> tuple[list[Source], list[Source]]:
-    """(training, held-out) images: Parquet files named validation-* are held out; without any, a random part is."""
+def _public_images(folders: Sequence[Path], held_out: int, seed: int) -> tuple[list[Source], list[Source]]:
+    """(training, held-out) images: Parquet files named validation-* are never trained on; the first folder's are held
+    out, or, if it has none, a random part of it is."""
     import pyarrow.parquet as parquet
 
     def read(path: Path) -> list[Source]:
         return [image["bytes"] for image in parquet.read_table(path, columns=["image"])["image"].to_pylist()]
 
-    train: list[Source] = list(_photos(folder))
+    train: list[Source] = []
     validation: list[Source] = []
-    for path in sorted(folder.rglob("*.parquet")):
-        (validation if path.name.startswith("validation") else train).extend(read(path))
     generator = np.random.default_rng(seed)
-    if validation:
-        validation = [validation[i] for i in generator.permutation(len(validation))[:held_out]]
-    else:
-        order = generator.permutation(len(train))
-        train, validation = [train[i] for i in order[held_out:]], [train[i] for i in order[:held_out]]
+    for place, folder in enumerate(folders):
+        found: list[Source] = list(_photos(folder))
+        for path in sorted(folder.rglob("*.parquet")):
+            if not path.name.startswith("validation"):
+                found += read(path)
+            elif place == 0:
+                validation += read(path)
+        if place == 0:
+            candidates = validation or found
+            order = generator.permutation(len(candidates))
+            if not validation:
+                found = [candidates[i] for i in order[held_out:]]
+            validation = [candidates[i] for i in order[:held_out]]
+        train += found
     if not train or not validation:
-        raise DataError(f"{folder}: {len(train)} training and {len(validation)} held-out images; more are needed")
+        names = ", ".join(map(str, folders))
+        raise DataError(f"{names}: {len(train)} training and {len(validation)} held-out images; more are needed")
     return train, validation
-
-

@@ -1,4 +1,4 @@
-"""Subnets: cheaper approximations of a frozen prefix, cut out of it and saved as a family."""
+"""A family of subnets, cheaper approximations of a frozen prefix: facts, measurements, saving and loading."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import costs
-from .backbones import Backbone, Input, TokenEmbedding
+from .backbones import Backbone
 from .config import SubnetSpec
+from .cutting import Cut, MatchLatents, shared_tensors, tie
 from .records import write_atomically
 
+LATENCY_ROUNDS = 9
 PREFIX_BATCH = 16  # images a pass when latencies are measured: the window's usual group
 
 
@@ -39,9 +42,12 @@ class SubnetFacts(BaseModel):
     file: Optional[str]  # None for the original: its weights are the backbone's
     sha256: Optional[str]
     width: float
+    widths: dict[str, float] = {}  # of blocks whose names begin so, where they differ
     depth: float
     resolution: int
     removed: tuple[str, ...]  # blocks left out
+    shared: tuple[str, ...] = ()  # blocks whose dense convolutions are another subnet's, and not in this one's file
+    shares_with: Optional[int] = None  # that subnet's index, lower than its own; 0 is the original
     relative_macs: float
     relative_latency: Optional[float] = None  # batch of PREFIX_BATCH, eager; None until measured
     fidelity: Optional[float] = None  # mean cosine of centred latents with the original's, held-out cloud images
@@ -82,143 +88,6 @@ class Family:
         return len(self.networks)
 
 
-class MatchLatents(nn.Module):
-    """Resizes a lower-resolution member's maps or patch tokens to the original's number of positions.
-
-    Args:
-        shape: of the original's latents, without the batch.
-        leading_tokens: class tokens, kept as they are.
-    """
-
-    def __init__(self, shape: torch.Size, leading_tokens: int = 1) -> None:
-        super().__init__()
-        self.shape, self.leading_tokens = shape, leading_tokens
-
-    def forward(self, latents: Tensor) -> Tensor:
-        if latents.shape[1:] == self.shape:
-            return latents
-        if latents.dim() == 4:
-            return functional.interpolate(latents, self.shape[1:], mode="bilinear", antialias=True)
-        leading, patches = latents[:, : self.leading_tokens], latents[:, self.leading_tokens :]
-        side = round(patches.shape[1] ** 0.5)
-        wanted = round((self.shape[0] - self.leading_tokens) ** 0.5)
-        maps = patches.transpose(1, 2).unflatten(2, (side, side))
-        maps = functional.interpolate(maps, (wanted, wanted), mode="bilinear", antialias=True)
-        return torch.cat((leading, maps.flatten(2).transpose(1, 2)), dim=1)
-
-
-# ---------------------------------------------------------------------------------------------------------- cutting
-
-
-def removable_blocks(prefix: nn.Sequential) -> list[str]:
-    """Blocks that a residual shortcut bridges without change of shape: the network still runs without them."""
-    from timm.models.vision_transformer import Block
-    from torchvision.models import mobilenetv2, mobilenetv3, resnet
-
-    def bridged(block: nn.Module) -> bool:
-        if isinstance(block, (resnet.BasicBlock, resnet.Bottleneck)):
-            return block.downsample is None
-        if isinstance(block, (mobilenetv2.InvertedResidual, mobilenetv3.InvertedResidual)):
-            return block.use_res_connect
-        return isinstance(block, Block)
-
-    return [name for name, block in prefix.named_children() if bridged(block)]
-
-
-def cut_subnet(prefix: nn.Sequential, spec: SubnetSpec, images: Tensor) -> tuple[nn.Sequential, tuple[str, ...]]:
-    """Cut a subnet out of a prefix: lower resolution, fewer blocks, fewer channels; not aligned yet.
-
-    Blocks: those go first whose removal changes the latents least on `images`. Channels: Torch-Pruning's group
-    magnitude (Fang et al. 2023), the same ratio in every layer, multiples of eight, the latents' own channels kept.
-
-    Args:
-        prefix: the original; stays untouched.
-        spec: what to keep.
-        images: uint8, shape (B, 3, H, W), with which blocks are compared.
-
-    Returns:
-        The subnet, uint8 images to latents of the original's shape, in evaluation mode, and the blocks removed.
-
-    Raises:
-        ValueError: `spec.without` names a block that cannot be removed.
-    """
-    with torch.no_grad():
-        latents = prefix(images)
-    subnet = copy.deepcopy(prefix)
-    if spec.resolution is not None:
-        subnet.input.resolution = spec.resolution
-    candidates = removable_blocks(prefix)
-    unknown = sorted(set(spec.without) - set(candidates))
-    if unknown:
-        raise ValueError(f"subnet without {unknown[0]!r}: blocks that can be removed: {', '.join(candidates)}")
-    removed = list(spec.without)
-    wanted = round((1 - spec.depth) * len(candidates))
-    for _ in range(min(wanted, len(candidates) - len(removed))):
-        removed.append(_least_needed(prefix, candidates, removed, images, latents))
-    kept = [(name, block) for name, block in subnet.named_children() if name not in removed]
-    subnet = nn.Sequential(OrderedDict(kept))
-    if spec.width < 1:
-        _prune_channels(subnet, 1 - spec.width, images[:2])
-    if latents.dim() > 2:
-        subnet.add_module("match", MatchLatents(latents.shape[1:]))
-    return subnet.requires_grad_(False).eval(), tuple(removed)
-
-
-def _least_needed(
-    prefix: nn.Sequential, candidates: list[str], removed: list[str], images: Tensor, latents: Tensor
-) -> str:
-    """The block without which, besides those removed, the latents stay nearest to the original's."""
-    similarity = {}
-    with torch.no_grad():
-        for name in candidates:
-            if name not in removed:
-                left = [block for other, block in prefix.named_children() if other not in (*removed, name)]
-                near = functional.cosine_similarity(nn.Sequential(*left)(images).flatten(1), latents.flatten(1))
-                similarity[name] = near.mean().item()
-    return max(similarity, key=similarity.get)
-
-
-class _Probe(nn.Module):
-    """Stands after the latents, so that the dependency graph shows which layers make their channels."""
-
-    def __init__(self, latents: Tensor) -> None:
-        super().__init__()
-        maps = latents.dim() == 4
-        channels = latents.shape[1] if maps else latents.shape[-1]
-        self.layer = nn.Conv2d(channels, 1, 1) if maps else nn.Linear(channels, 1)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.layer(latents)
-
-
-def _prune_channels(subnet: nn.Sequential, ratio: float, images: Tensor) -> None:
-    import torch_pruning
-
-    subnet.requires_grad_(True)  # Torch-Pruning follows the autograd graph
-    body = nn.Sequential(*[block for block in subnet if not isinstance(block, Input)])
-    example = subnet.input(images)
-    probe = _Probe(body(example)).to(images.device)
-    network = nn.Sequential(body, probe)
-    graph = torch_pruning.DependencyGraph().build_dependency(network, example)
-    kept = [probe.layer]
-    for group in graph.get_all_groups(ignored_layers=[probe.layer]):
-        modules = [dependency.target.module for dependency, _ in group]
-        # the latents' channels must stay; in a transformer only the hidden layer of each MLP may shrink
-        if probe.layer in modules or _is_token_stream(subnet, modules):
-            kept.append(modules[0])
-    torch_pruning.MetaPruner(
-        network, example, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio,
-        ignored_layers=kept, round_to=8,
-    ).step()
-
-
-def _is_token_stream(subnet: nn.Sequential, modules: list[nn.Module]) -> bool:
-    if not any(isinstance(block, TokenEmbedding) for block in subnet):
-        return False
-    hidden = {block.mlp.fc1 for block in subnet if hasattr(block, "mlp")}
-    return modules[0] not in hidden
-
-
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
@@ -254,29 +123,48 @@ def measure_latencies(family: Family, images: Tensor) -> Family:
     from .records import processor_name
 
     runners = [prepare(network, "eager", images) for network in family.networks]
-    rounds = [[costs.latency(runner, images, repeats=5) for runner in runners] for _ in range(3)]
-    seconds = [sorted(member)[1] for member in zip(*rounds)]  # rounds in turn: slow drifts hit all members alike
+    ratios = []
+    for _ in range(LATENCY_ROUNDS):  # all in turn, each against the original of its round: slow drifts hit all alike
+        seconds = [costs.latency(runner, images, repeats=3) for runner in runners]
+        ratios.append([value / seconds[0] for value in seconds])
+    relative = torch.tensor(ratios).median(0).values.tolist()
     facts = tuple(
-        facts.model_copy(update={"relative_latency": round(value / seconds[0], 4)})
-        for facts, value in zip(family.manifest.subnets, seconds)
+        facts.model_copy(update={"relative_latency": round(value, 4)})
+        for facts, value in zip(family.manifest.subnets, relative)
     )
     device = f"{processor_name()}, {torch.get_num_threads()} threads" if images.device.type == "cpu" else "cuda"
     manifest = family.manifest.model_copy(update={"subnets": facts, "latency_device": device})
     return Family(manifest, family.networks)
 
 
-def facts_of(
-    network: nn.Module, removed: tuple[str, ...], spec: SubnetSpec, backbone: Backbone, original_macs: float
-) -> SubnetFacts:
-    """Facts of a member that follow from its structure."""
-    return SubnetFacts(
-        file=None, sha256=None, width=spec.width, depth=spec.depth, resolution=spec.resolution or backbone.resolution,
-        removed=removed, relative_macs=costs.macs(network, backbone.example().to(_device(network))) / original_macs,
+def make_family(backbone: Backbone, cut: str, prefix: nn.Module, cuts: Sequence[Cut], provenance: dict) -> Family:
+    """A family of the original and the subnets cut out of it, from dear to cheap; nothing measured yet.
+
+    Args:
+        backbone: what the prefix is of.
+        cut: name of the block before which the prefix ends.
+        prefix: the original.
+        cuts: its subnets, in any order.
+        provenance: where the family comes from, for the manifest.
+    """
+    example = backbone.example().to(next(prefix.buffers()).device)
+    macs = {id(network): costs.macs(network, example) for network in (prefix, *(cut.network for cut in cuts))}
+    cuts = sorted([Cut(SubnetSpec(), prefix, ()), *cuts], key=lambda cut: -macs[id(cut.network)])
+    networks = [cut.network.requires_grad_(False) for cut in cuts]
+    facts = tuple(
+        SubnetFacts(
+            file=None, sha256=None, width=cut.spec.width, widths=cut.spec.widths, depth=cut.spec.depth,
+            resolution=cut.spec.resolution or backbone.resolution, removed=cut.removed, shared=cut.shared,
+            shares_with=None if cut.leader is None else [id(network) for network in networks].index(id(cut.leader)),
+            relative_macs=macs[id(cut.network)] / macs[id(prefix)],
+        )
+        for cut in cuts
     )
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.buffers()).device
+    manifest = Manifest(
+        backbone=backbone.name, weights_fingerprint=backbone.fingerprint, cut=cut, resolution=backbone.resolution,
+        subnets=facts, provenance=provenance,
+    )
+    return Family(manifest, networks)
 
 
 # ---------------------------------------------------------------------------------------------- saving and loading
@@ -296,10 +184,11 @@ def save_family(family: Family, folder: Path) -> None:
         facts = [family.manifest.subnets[0]]
         for index, (member, network) in enumerate(zip(family.manifest.subnets[1:], family.networks[1:]), start=1):
             file = staged / f"subnet_{index}.safetensors"
+            shared = shared_tensors(network, member.shared)
             tensors = {
                 key: value.detach().cpu().half().contiguous()
                 for key, value in network.state_dict().items()
-                if value.is_floating_point()
+                if value.is_floating_point() and key not in shared
             }
             save_file(tensors, file)
             file.chmod(0o644)  # the library makes files that only their owner can read
@@ -363,28 +252,35 @@ def load_family(folder: Path, backbone: Backbone, cut: str) -> Family:
             raise FamilyError(f"{file}: no such file, though the manifest names it")
         if _sha256(file) != facts.sha256:
             raise FamilyError(f"{file}: damaged, its hash is not the manifest's")
-        networks.append(_rebuild(prefix, facts, file, backbone))
+        if facts.shares_with is not None and not 0 <= facts.shares_with < len(networks):
+            raise FamilyError(f"{folder}: {facts.file} shares with subnet {facts.shares_with}, which is not before it")
+        networks.append(_rebuild(networks[facts.shares_with or 0], facts, file, backbone, prefix))
     return Family(manifest, networks)
 
 
-def _rebuild(prefix: nn.Sequential, facts: SubnetFacts, file: Path, backbone: Backbone) -> nn.Module:
-    """The original's structure, with every layer resized to the shapes of the tensors in the file."""
+def _rebuild(
+    leader: nn.Sequential, facts: SubnetFacts, file: Path, backbone: Backbone, prefix: nn.Sequential
+) -> nn.Module:
+    """The structure of the network it shares with, or the original's, each layer resized to the file's tensors."""
     try:
         tensors = {key: value.float() for key, value in load_file(file).items()}
     except SafetensorError as error:
         raise FamilyError(f"{file}: not a safetensors file ({error})") from error
-    subnet = copy.deepcopy(prefix)
-    subnet = nn.Sequential(
-        OrderedDict((name, block) for name, block in subnet.named_children() if name not in facts.removed)
-    )
+    kept = [(name, block) for name, block in leader.named_children() if name not in facts.removed]
+    subnet = copy.deepcopy(nn.Sequential(OrderedDict(kept)))
     subnet.input.resolution = facts.resolution
+    shared = shared_tensors(subnet, facts.shared)
+    tie(subnet, leader, shared)
     for name, module in subnet.named_modules():
         for key, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             stored = tensors.pop(f"{name}.{key}", None)
-            if stored is None and old.is_floating_point() and key not in module._non_persistent_buffers_set:
+            needed = old.is_floating_point() and key not in module._non_persistent_buffers_set
+            if stored is None and needed and f"{name}.{key}" not in shared:
                 raise FamilyError(f"{file}: tensor {name}.{key} is missing")
             if stored is not None and stored.dim() != old.dim():
                 raise FamilyError(f"{file}: tensor {name}.{key} has {stored.dim()} dimensions, not {old.dim()}")
+            if stored is not None and f"{name}.{key}" in shared:
+                raise FamilyError(f"{file}: tensor {name}.{key} is shared, so it must not be here")
             if stored is not None:
                 old.data = stored
         _match_attributes(module)
@@ -392,7 +288,7 @@ def _rebuild(prefix: nn.Sequential, facts: SubnetFacts, file: Path, backbone: Ba
         raise FamilyError(f"{file}: unknown tensor {sorted(tensors)[0]!r}")
     with torch.no_grad():
         wanted = prefix(backbone.example()).shape
-        if len(wanted) > 2:
+        if len(wanted) > 2 and not hasattr(subnet, "match"):
             subnet.add_module("match", MatchLatents(wanted[1:]))
         if subnet(backbone.example()).shape != wanted:
             raise FamilyError(f"{file}: its latents do not have the original's shape {tuple(wanted[1:])}")

@@ -1,18 +1,28 @@
 """Alignment brings a subnet nearer to the original and leaves the original alone."""
 
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from tiny import copied_state, random_images, same_tensors, tiny_study
+from tiny import ROOT, copied_state, random_images, same_tensors, tiny_study
 
-from piebridge.alignment import align, random_crops
+from piebridge import alignment, checkpoints
+from piebridge.alignment import align
 from piebridge.config import SubnetSpec
+from piebridge.crops import random_crops
+from piebridge.cutting import cut_set, cut_subnet, shared_tensors
 from piebridge.data import load_cloud
-from piebridge.subnets import cut_subnet, fidelity, latents_of
+from piebridge.subnets import fidelity, latents_of
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 1.0])
-def test_alignment_lowers_the_loss_and_raises_fidelity(tiny, kl_weight):
-    study = tiny_study(f"cloud.steps=40 cloud.batch_size=32 cloud.kl_weight={kl_weight}")
+@pytest.mark.parametrize("kl", [0.0, 1.0])
+def test_alignment_lowers_the_loss_and_raises_fidelity(tiny, kl):
+    study = tiny_study(f"cloud.steps=40 cloud.batch_size=32 cloud.loss.kl={kl}")
     images = load_cloud(study)
     prefix, tail = tiny.backbone.cut("head")
     frozen = copied_state(prefix) | copied_state(tail)
@@ -28,7 +38,7 @@ def test_alignment_lowers_the_loss_and_raises_fidelity(tiny, kl_weight):
         assert not any(parameter.requires_grad for parameter in member.parameters())
         assert not any(module.training for module in member.modules())
     assert same_tensors(copied_state(prefix) | copied_state(tail), frozen)
-    assert list(history.columns) == ["step", "seconds", "member", "loss"]
+    assert list(history.columns) == ["step", "seconds", "images_per_second", "member", "loss"]
     assert history["step"].max() == 39
 
 
@@ -36,7 +46,10 @@ def test_alignment_follows_its_seed(tiny):
     study = tiny_study("cloud.steps=3 cloud.batch_size=8")
     images, (prefix, tail) = random_images(20), tiny.backbone.cut("head")
 
-    def aligned(seed):
+    HALF = (SubnetSpec(width=0.5),)
+
+
+def aligned(seed):
         member, _ = cut_subnet(prefix, SubnetSpec(width=0.5), images[:2])
         align([member], prefix, tail, images, 32, study.cloud, seed)
         return latents_of(member, images)
@@ -53,6 +66,116 @@ def test_any_number_of_steps_aligns(tiny, steps):
     history = align([member], prefix, tail, random_images(8), 32, study.cloud, seed=0)
     assert history["step"].tolist() == list(range(steps))
     assert latents_of(member, random_images(2)).isfinite().all()
+
+
+def aligned(tiny, overrides="", specs=HALF, **keywords):
+    study = tiny_study(f"cloud.steps=8 cloud.batch_size=8 cloud.mixed=0.3 {overrides}")
+    images, (prefix, tail) = random_images(20), tiny.backbone.cut("head")
+    networks = [cut.network for spec in specs for cut in cut_set(prefix, spec, images[:2], study.cloud)]
+    history = align(networks, prefix, tail, images, 32, study.cloud, 0, **keywords)
+    return networks, history
+
+
+def test_a_killed_alignment_goes_on_and_ends_the_same(tiny, tmp_path, monkeypatch):
+    """Cut off at step 5 by an error, continued from the checkpoint of step 4."""
+    monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN", 0.0)
+    whole, history = aligned(tiny)
+    real, calls = alignment.one_cycle, []
+
+    def killed(progress):
+        calls.append(progress)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        for thread in threading.enumerate():  # every writing ends, so that the last checkpoint is that of step 4
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+        return real(progress)
+
+    path = tmp_path / "state.safetensors"
+    monkeypatch.setattr(alignment, "one_cycle", killed)
+    with pytest.raises(KeyboardInterrupt):
+        aligned(tiny, checkpoint=path)
+    monkeypatch.setattr(alignment, "one_cycle", real)
+    continued, later = aligned(tiny, checkpoint=path)
+    assert same_tensors(copied_state(continued[0]), copied_state(whole[0]))
+    assert later[["step", "member", "loss"]].equals(history[["step", "member", "loss"]])
+    assert later["seconds"].is_monotonic_increasing
+
+
+def test_shared_convolutions_stay_the_originals(tiny):
+    blocks = tuple(tiny.backbone.body[-2:])
+    (member,), _ = aligned(tiny, specs=[SubnetSpec(resolution=16, shared=blocks)])
+    prefix, _ = tiny.backbone.cut("head")
+    original, own = copied_state(prefix), copied_state(member)
+    dense = [name for name in shared_tensors(member, blocks)]
+    assert dense
+    assert all(torch.equal(own[name], original[name]) for name in dense)
+    trained = [name for name, _ in member.named_parameters() if name not in dense]
+    assert all(not torch.equal(own[name], original[name]) for name in trained)
+
+
+def test_subnets_of_one_set_have_convolutions_in_common(tiny):
+    (leader, follower), _ = aligned(tiny, specs=[SubnetSpec(width=0.5, resolutions=(32, 16))])
+    for name, weight in leader.named_parameters():
+        same = weight is follower.get_parameter(name)
+        assert same == (weight.dim() == 4), name
+        assert same or not torch.equal(weight, follower.get_parameter(name))
+
+
+def test_common_weights_get_the_sum_of_the_gradients(tiny):
+    """A set of two equal members trains as its single member does: Adam sees the double gradient, scaled away."""
+    (single,), _ = aligned(tiny, "cloud.steps=1 cloud.loss.frozen_statistics=1", specs=[SubnetSpec(width=0.5)])
+    (leader, _), _ = aligned(
+        tiny, "cloud.steps=1 cloud.loss.frozen_statistics=1", specs=[SubnetSpec(width=0.5, resolutions=(32, 32))]
+    )
+    for name, weight in single.named_parameters():
+        torch.testing.assert_close(leader.get_parameter(name), weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["{space: whitened}", "{space: plain, kl: 0}", "{features: 1.0, cosine: 0}"])
+def test_every_loss_falls(tiny, loss):
+    _, history = aligned(tiny, f"cloud.steps=30 'cloud.loss={loss}' cloud.learning_rate=5e-3")
+    assert history["loss"].tail(5).mean() < history["loss"].head(5).mean()
+
+
+def test_two_processes_find_the_losses_of_one(tmp_path):
+    """Batch norm frozen: then nothing depends on which images share a process."""
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    for command, name in (([sys.executable, str(script)], "one.csv"), (torchrun, "two.csv")):
+        subprocess.run([*command, str(tmp_path / name)], env=environment, check=True, timeout=300, cwd=tmp_path)
+    one, two = (pd.read_csv(tmp_path / name) for name in ("one.csv", "two.csv"))
+    assert one["step"].tolist() == two["step"].tolist()
+    assert len(one) == 8
+    np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-4)
+
+
+TWO_PROCESSES = """
+import sys
+from tiny import random_backbone, random_images, tiny_study
+from accelerate import PartialState
+from piebridge.alignment import align
+from piebridge.config import SubnetSpec
+from piebridge.cutting import cut_set, cut_subnet, shared_tensors
+
+study = tiny_study("cloud.steps=8 cloud.batch_size=8 cloud.loss.frozen_statistics=1")
+prefix, tail = random_backbone("embedded").cut("head")
+member, _ = cut_subnet(prefix, SubnetSpec(width=0.5), random_images(2))
+history = align([member], prefix, tail, random_images(20), 32, study.cloud, 0)
+if PartialState().is_main_process:
+    history.to_csv(sys.argv[1], index=False)
+"""
+
+
+def test_batch_must_be_shared_evenly(tiny, monkeypatch):
+    class Three:
+        num_processes, process_index, is_main_process, device = 3, 0, True, torch.device("cpu")
+
+    monkeypatch.setattr(alignment, "PartialState", lambda cpu: Three())
+    with pytest.raises(ValueError, match=r"cloud\.batch_size: 8 .* 3 processes"):
+        aligned(tiny)
 
 
 def crops(images, smallest_area=0.35, seed=0, resolution=24):
@@ -98,3 +221,20 @@ def test_crops_show_at_least_the_smallest_area():
     assert rises.min() >= 2 * width_least * 0.7 - 0.02
     assert rises.min() < 2 * 0.75
     assert slopes(1.0).abs().min() >= 2 * 0.75**0.5 * 0.7 - 0.02
+
+
+def test_mixed_crops_hold_a_rectangle_of_the_neighbour():
+    whole = torch.zeros(64, 3, 20, 20, dtype=torch.uint8)
+    whole[::2] = 255
+    result = random_crops(whole, 20, 1.0, torch.Generator().manual_seed(0), mixed=0.5)
+    both = [(image > 200).any() and (image < 60).any() for image in result[:, 0]]
+    assert 0.3 < sum(both) / 64 < 0.7
+    assert not any((image > 200).any() and (image < 60).any() for image in random_crops(
+        whole, 20, 1.0, torch.Generator().manual_seed(0))[:, 0])
+
+
+def test_a_part_of_the_crops_is_that_part_of_the_whole():
+    images = random_images(8)
+    parts = [random_crops(images, 24, 0.4, torch.Generator().manual_seed(5), part=(i, 2)) for i in range(2)]
+    whole = random_crops(images, 24, 0.4, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(torch.cat(parts), whole)

@@ -11,9 +11,10 @@ PACKAGE = ROOT / "piebridge"
 
 # From the bottom up: a module imports from the layers below its own, never from its own or from above.
 LAYERS = [
-    {"config", "costs", "records", "embedded", "routing"},
-    {"data", "backbones", "engines", "figures"},
-    {"subnets", "pet", "alignment"},
+    {"config", "costs", "records", "embedded", "routing", "crops", "checkpoints"},
+    {"data", "backbones", "engines", "figures", "goal"},
+    {"cutting", "pet", "alignment"},
+    {"subnets"},
     {"router", "latents"},
     {"cloud", "training"},
     {"methods.setting"},

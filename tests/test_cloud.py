@@ -119,7 +119,7 @@ def test_auto_without_a_shipped_family_makes_the_free_one(tiny):
 
 
 def test_router_is_the_familys(tiny):
-    router = learn_router(tiny.study, tiny.backbone, tiny.setting.family)
+    router = learn_router(tiny.study, tiny.backbone, tiny.setting.family, load_cloud(tiny.study).train)
     assert router.relative_costs.tolist() == pytest.approx(tiny.setting.family.relative_macs)
     images = tiny.setting.images[:5]
     torch.testing.assert_close(router.difficulty(images), tiny.setting.router.difficulty(images))

@@ -5,8 +5,9 @@ import torch
 from tiny import copied_state, random_backbone, random_images, same_tensors
 
 from piebridge.config import SubnetSpec
+from piebridge.cutting import cut_subnet
 from piebridge.engines import prepare
-from piebridge.subnets import cut_subnet, latents_of
+from piebridge.subnets import latents_of
 
 # Vectors, maps and tokens; a subnet of lower resolution brings its own resizing.
 NETWORKS = {

@@ -7,8 +7,9 @@ from tiny import ROOT
 from piebridge import costs
 from piebridge.backbones import load_backbone
 from piebridge.config import load_study, project_root
+from piebridge.cutting import cut_subnet
 from piebridge.pet import cut_of
-from piebridge.subnets import cut_subnet, read_manifest
+from piebridge.subnets import read_manifest
 
 STUDIES = sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
 FAMILIES = sorted(path.parent for path in (ROOT / "params" / "families").glob("*/manifest.json"))

@@ -1,27 +1,25 @@
 """Subnets are cheaper and keep the latents' shape; families survive saving and notice damage."""
 
+import copy
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import BACKBONES, copied_state, random_backbone, random_images, same_tensors
 
 from piebridge import costs
-from piebridge.config import SubnetSpec
+from piebridge.config import CloudConfig, SubnetSpec
+from piebridge.cutting import MatchLatents, cut_set, cut_subnet, removable_blocks, shared_tensors
 from piebridge.subnets import (
-    Family,
     FamilyError,
-    Manifest,
-    MatchLatents,
-    cut_subnet,
-    facts_of,
     fidelity,
     latents_of,
     load_family,
+    make_family,
     read_manifest,
-    removable_blocks,
     save_family,
 )
 
@@ -57,7 +55,6 @@ def test_cut_subnets_are_cheaper_and_keep_the_latents_shape(name, depth):
         assert latents_of(suffix, latents).shape == (3, backbone.blocks.head.out_features)
         assert len(removed) == (len(spec.without) or round((1 - spec.depth) * len(removable_blocks(prefix))))
         assert not set(removed) & set(dict(subnet.named_children()))
-        assert not any(parameter.requires_grad for parameter in subnet.parameters())
         assert not any(module.training for module in subnet.modules())
     assert same_tensors(copied_state(prefix), before)
 
@@ -75,6 +72,81 @@ def test_width_keeps_about_that_share_of_the_channels():
     assert subnet.stem[0].out_channels == 32
     assert subnet.layer2_0.conv1.weight.shape[:2] == (64, 32)
     assert subnet.layer4_1.conv2.out_channels == 512  # the latents' own channels
+
+
+def test_widths_of_single_stages():
+    prefix, _ = random_backbone("resnet18").cut("head")
+    subnet, _ = cut_subnet(prefix, SubnetSpec(widths={"layer4": 0.25, "layer2": 0.5}), random_images(2))
+    assert subnet.layer1_0.conv1.out_channels == 64
+    assert subnet.layer2_0.conv1.out_channels == subnet.layer2_1.conv2.out_channels == 64
+    assert subnet.layer3_0.conv1.weight.shape[:2] == (256, 64)
+    assert subnet.layer4_0.conv1.out_channels == 128
+    assert subnet.layer4_1.conv2.weight.shape[:2] == (512, 128)
+
+
+def test_widths_of_a_block_that_is_not_there():
+    prefix, _ = random_backbone("resnet18").cut("head")
+    with pytest.raises(ValueError, match=r"begins with 'layer9'; blocks: input, stem"):
+        cut_subnet(prefix, SubnetSpec(widths={"layer9": 0.5}), random_images(2))
+
+
+@pytest.mark.parametrize("ratios", ["uniform", "global"])
+def test_taylor_keeps_the_channels_that_matter(ratios):
+    """Half of a layer's channels are made to do nothing: they go, whatever the size of their weights."""
+    prefix = copy.deepcopy(random_backbone("resnet18").cut("head")[0])
+    idle = torch.arange(0, 128, 2)
+    with torch.no_grad():
+        prefix.layer2_0.conv2.weight[:, idle] = 0
+        prefix.layer2_0.conv1.weight[idle] *= 10
+    config = CloudConfig(importance="taylor", ratios=ratios)
+    subnet, _ = cut_subnet(prefix, SubnetSpec(widths={"layer2": 0.5}), random_images(8), config)
+    kept = [i for i, row in enumerate(prefix.layer2_0.bn1.running_mean.tolist())
+            if row in subnet.layer2_0.bn1.running_mean.tolist()]
+    if ratios == "uniform":
+        assert kept == list(range(1, 128, 2))
+    else:
+        assert len(set(kept) & set(idle.tolist())) < len(kept) / 2
+
+
+def test_channel_counts_are_multiples_of_what_the_processor_likes():
+    prefix, _ = random_backbone("resnet18").cut("head")
+    subnet, _ = cut_subnet(prefix, SubnetSpec(width=0.7), random_images(2), CloudConfig(round_to=32))
+    assert {layer.out_channels % 32 for layer in subnet.modules() if isinstance(layer, torch.nn.Conv2d)} == {0}
+
+
+def test_shared_block_that_is_not_there():
+    prefix, _ = random_backbone("resnet18").cut("head")
+    with pytest.raises(ValueError, match=r"shared block 'layer9_0'.*layer1_0"):
+        cut_subnet(prefix, SubnetSpec(resolution=16, shared=("layer9_0",)), random_images(2))
+
+
+@pytest.mark.parametrize("depth", ["head", "deep"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_what_subnets_share_is_stored_once(tmp_path, name, depth):
+    prefix, _ = random_backbone(name).cut(cuts_of(name)[depth])
+    block = [child for child, _ in prefix.named_children() if child[0] in "bl"][1]
+    specs = [SubnetSpec(resolution=28, shared=(block,)), SubnetSpec(width=0.5, resolutions=(32, 24, 16))]
+    family = family_of(name, depth, specs)
+    save_family(family, tmp_path / "family")
+    loaded = load_family(tmp_path / "family", random_backbone(name), family.manifest.cut)
+    assert sorted(facts.shares_with for facts in family.manifest.subnets if facts.shares_with is not None)[0] == 0
+    images = random_images(3, seed=1)
+    for facts, network, before in zip(loaded.manifest.subnets, loaded.networks, family.networks):
+        expected, given = latents_of(before, images), latents_of(network, images)
+        assert (given - expected).abs().max() <= 0.02 * expected.abs().max()
+        if facts.shares_with is not None:
+            leader = loaded.networks[facts.shares_with]
+            names = shared_tensors(network, facts.shared)
+            assert all(network.get_parameter(key) is leader.get_parameter(key) for key in names)
+            assert not set(names) & set(load_file(tmp_path / "family" / facts.file))
+
+
+def test_sharing_with_a_later_subnet_is_refused(folder):
+    text = json.loads((folder / "manifest.json").read_text())
+    text["subnets"][1]["shares_with"] = 2
+    (folder / "manifest.json").write_text(json.dumps(text))
+    with pytest.raises(FamilyError, match="shares with subnet 2, which is not before it"):
+        load(folder)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -153,15 +225,8 @@ def family_of(name, depth, specs):
     backbone = random_backbone(name)
     cut = cuts_of(name)[depth]
     prefix, _ = backbone.cut(cut)
-    whole = costs.macs(prefix, backbone.example())
-    members = [(spec, *cut_subnet(prefix, spec, random_images(2))) for spec in specs]
-    facts = [facts_of(prefix, (), SubnetSpec(), backbone, whole)]
-    facts += [facts_of(network, removed, spec, backbone, whole) for spec, network, removed in members]
-    manifest = Manifest(
-        backbone=name, weights_fingerprint=backbone.fingerprint, cut=cut, resolution=backbone.resolution,
-        subnets=tuple(facts), provenance={},
-    )
-    return Family(manifest, [prefix, *(network for _, network, _ in members)])
+    cuts = [cut for spec in specs for cut in cut_set(prefix, spec, random_images(2))]
+    return make_family(backbone, cut, prefix, cuts, {})
 
 
 @pytest.mark.parametrize("depth", ["head", "deep"])

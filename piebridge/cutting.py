@@ -1,0 +1,240 @@
+"""Cutting subnets out of a frozen prefix: lower resolution, fewer blocks, fewer channels."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .backbones import Input, TokenEmbedding
+from .config import CloudConfig, SubnetSpec
+
+
+class MatchLatents(nn.Module):
+    """Resizes a lower-resolution member's maps or patch tokens to the original's number of positions.
+
+    Args:
+        shape: of the original's latents, without the batch.
+        leading_tokens: class tokens, kept as they are.
+    """
+
+    def __init__(self, shape: torch.Size, leading_tokens: int = 1) -> None:
+        super().__init__()
+        self.shape, self.leading_tokens = shape, leading_tokens
+
+    def forward(self, latents: Tensor) -> Tensor:
+        if latents.shape[1:] == self.shape:
+            return latents
+        if latents.dim() == 4:
+            return functional.interpolate(latents, self.shape[1:], mode="bilinear", antialias=True)
+        leading, patches = latents[:, : self.leading_tokens], latents[:, self.leading_tokens :]
+        side = round(patches.shape[1] ** 0.5)
+        wanted = round((self.shape[0] - self.leading_tokens) ** 0.5)
+        maps = patches.transpose(1, 2).unflatten(2, (side, side))
+        maps = functional.interpolate(maps, (wanted, wanted), mode="bilinear", antialias=True)
+        return torch.cat((leading, maps.flatten(2).transpose(1, 2)), dim=1)
+
+
+def removable_blocks(prefix: nn.Sequential) -> list[str]:
+    """Blocks that a residual shortcut bridges without change of shape: the network still runs without them."""
+    from timm.models.vision_transformer import Block
+    from torchvision.models import mobilenetv2, mobilenetv3, resnet
+
+    def bridged(block: nn.Module) -> bool:
+        if isinstance(block, (resnet.BasicBlock, resnet.Bottleneck)):
+            return block.downsample is None
+        if isinstance(block, (mobilenetv2.InvertedResidual, mobilenetv3.InvertedResidual)):
+            return block.use_res_connect
+        return isinstance(block, Block)
+
+    return [name for name, block in prefix.named_children() if bridged(block)]
+
+
+def cut_subnet(
+    prefix: nn.Sequential, spec: SubnetSpec, images: Tensor, config: Optional[CloudConfig] = None
+) -> tuple[nn.Sequential, tuple[str, ...]]:
+    """Cut a subnet out of a prefix: lower resolution, fewer blocks, fewer channels; not aligned yet.
+
+    Blocks: those go first whose removal changes the latents least on `images`. Channels: groups of channels that
+    depend on each other (Torch-Pruning, Fang et al. 2023), the least important ones, the latents' own channels kept.
+
+    Args:
+        prefix: the original; stays untouched.
+        spec: what to keep.
+        images: uint8, shape (B, 3, H, W), on which blocks are compared and channels valued.
+        config: importance, ratios, round_to; default: those of `CloudConfig`.
+
+    Returns:
+        The subnet, uint8 images to latents of the original's shape, in evaluation mode, and the blocks removed. What
+        alignment may train of it requires a gradient.
+
+    Raises:
+        ValueError: `spec` names a block that is not there or cannot be removed.
+    """
+    config = config or CloudConfig()
+    with torch.no_grad():
+        latents = prefix(images)
+    subnet = copy.deepcopy(prefix)
+    if spec.resolution is not None:
+        subnet.input.resolution = spec.resolution
+    candidates = removable_blocks(prefix)
+    unknown = sorted(set(spec.without) - set(candidates))
+    if unknown:
+        raise ValueError(f"subnet without {unknown[0]!r}: blocks that can be removed: {', '.join(candidates)}")
+    names = [name for name, _ in prefix.named_children()]
+    for start in spec.widths:
+        if not any(name.startswith(start) for name in names):
+            raise ValueError(f"widths: no block's name begins with {start!r}; blocks: {', '.join(names)}")
+    removed = list(spec.without)
+    wanted = round((1 - spec.depth) * len(candidates))
+    for _ in range(min(wanted, len(candidates) - len(removed))):
+        removed.append(_least_needed(prefix, candidates, removed, images, latents))
+    kept = [(name, block) for name, block in subnet.named_children() if name not in removed]
+    subnet = nn.Sequential(OrderedDict(kept))
+    if spec.width < 1 or spec.widths:
+        _prune_channels(subnet, spec, images, config)
+    if latents.dim() > 2:
+        subnet.add_module("match", MatchLatents(latents.shape[1:]))
+    subnet.requires_grad_(True).eval()
+    for name in shared_tensors(subnet, spec.shared):
+        subnet.get_parameter(name).requires_grad_(False)
+    return subnet, tuple(removed)
+
+
+def shared_tensors(subnet: nn.Sequential, blocks: Sequence[str]) -> list[str]:
+    """Names of the dense convolutions' weights in these blocks; batch norms and depthwise convolutions are not in it.
+
+    Raises:
+        ValueError: the subnet has no such block.
+    """
+    children = dict(subnet.named_children())
+    unknown = sorted(set(blocks) - set(children))
+    if unknown:
+        raise ValueError(f"shared block {unknown[0]!r}: the subnet's blocks: {', '.join(children)}")
+    return [
+        ".".join(part for part in (block, name, "weight") if part)
+        for block in blocks for name, layer in children[block].named_modules()
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1
+    ]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A subnet that was cut out, not aligned yet.
+
+    Attributes:
+        spec: how it differs from the original, at one resolution.
+        network: uint8 images (B, 3, H, W) to latents of the original's shape.
+        removed: blocks left out.
+        leader: the network whose dense convolutions in the blocks `shared` are also its own; None: it shares none.
+        shared: blocks.
+    """
+
+    spec: SubnetSpec
+    network: nn.Sequential
+    removed: tuple[str, ...]
+    leader: Optional[nn.Sequential] = None
+    shared: tuple[str, ...] = ()
+
+
+def cut_set(
+    prefix: nn.Sequential, spec: SubnetSpec, images: Tensor, config: Optional[CloudConfig] = None
+) -> list[Cut]:
+    """The subnets that a specification asks for: one, or one a resolution, led by the first.
+
+    Args, Raises: as `cut_subnet`.
+    """
+    if not spec.resolutions:
+        network, removed = cut_subnet(prefix, spec, images, config)
+        return [Cut(spec, network, removed, prefix if spec.shared else None, spec.shared)]
+    specs = [spec.model_copy(update={"resolution": side, "resolutions": ()}) for side in spec.resolutions]
+    leader, removed = cut_subnet(prefix, specs[0], images, config)
+    cuts = [Cut(specs[0], leader, removed)]
+    blocks = tuple(name for name, _ in leader.named_children())
+    for other in specs[1:]:
+        network = copy.deepcopy(leader)
+        network.input.resolution = other.resolution
+        tie(network, leader, shared_tensors(network, blocks))
+        cuts.append(Cut(other, network, removed, leader, blocks))
+    return cuts
+
+
+def tie(network: nn.Module, leader: nn.Module, names: Sequence[str]) -> None:
+    """Make these parameters of a network those of another, in place: one tensor, trained and kept once."""
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(module), attribute, leader.get_parameter(name))
+
+
+def _least_needed(
+    prefix: nn.Sequential, candidates: list[str], removed: list[str], images: Tensor, latents: Tensor
+) -> str:
+    """The block without which, besides those removed, the latents stay nearest to the original's."""
+    similarity = {}
+    with torch.no_grad():
+        for name in candidates:
+            if name not in removed:
+                left = [block for other, block in prefix.named_children() if other not in (*removed, name)]
+                near = functional.cosine_similarity(nn.Sequential(*left)(images).flatten(1), latents.flatten(1))
+                similarity[name] = near.mean().item()
+    return max(similarity, key=similarity.get)
+
+
+class _Probe(nn.Module):
+    """Stands after the latents, so that the dependency graph shows which layers make their channels."""
+
+    def __init__(self, latents: Tensor) -> None:
+        super().__init__()
+        maps = latents.dim() == 4
+        channels = latents.shape[1] if maps else latents.shape[-1]
+        self.layer = nn.Conv2d(channels, 1, 1) if maps else nn.Linear(channels, 1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.layer(latents)
+
+
+def _prune_channels(subnet: nn.Sequential, spec: SubnetSpec, images: Tensor, config: CloudConfig) -> None:
+    import torch_pruning
+
+    subnet.requires_grad_(True)  # Torch-Pruning follows the autograd graph
+    body = nn.Sequential(*[block for block in subnet if not isinstance(block, Input)])
+    example = subnet.input(images[:2])
+    probe = _Probe(body(example)).to(images.device)
+    network = nn.Sequential(body, probe)
+    graph = torch_pruning.DependencyGraph().build_dependency(network, example)
+    kept = [probe.layer]
+    for group in graph.get_all_groups(ignored_layers=[probe.layer]):
+        modules = [dependency.target.module for dependency, _ in group]
+        # the latents' channels must stay; in a transformer only the hidden layer of each MLP may shrink
+        if probe.layer in modules or _is_token_stream(subnet, modules):
+            kept.append(modules[0])
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+    if config.importance == "taylor":
+        importance = torch_pruning.importance.GroupTaylorImportance()
+    ratios = {block: 1 - share for name, block in subnet.named_children() for start, share in spec.widths.items()
+              if name.startswith(start)}
+    pruner = torch_pruning.MetaPruner(
+        network, example, importance=importance, pruning_ratio=1 - spec.width, pruning_ratio_dict=ratios,
+        global_pruning=config.ratios == "global", max_pruning_ratio=0.95, ignored_layers=kept,
+        round_to=config.round_to,
+    )
+    if config.importance == "taylor":
+        # first-order change of the latents, in a random direction an image: their own error has no slope at zero
+        latents = body(subnet.input(images))
+        directions = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents.device)
+        (latents * directions).sum().backward()
+    pruner.step()
+    network.zero_grad(set_to_none=True)
+
+
+def _is_token_stream(subnet: nn.Sequential, modules: list[nn.Module]) -> bool:
+    if not any(isinstance(block, TokenEmbedding) for block in subnet):
+        return False
+    hidden = {block.mlp.fc1 for block in subnet if hasattr(block, "mlp")}
+    return modules[0] not in hidden
