@@ -20,9 +20,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from .records import speedups
 
 _SAFE = sns.color_palette("colorblind").as_hex()  # told apart by colour-blind readers too
-METHODS = ("pet", "full", "piebridge", "last_k", "random", "fixed", "cached", "piebridge_cached")
-COLOURS = dict(zip(METHODS, (_SAFE[place] for place in (0, 7, 3, 5, 1, 4, 9, 2))))
-MARKERS = dict(zip(METHODS, "osDvP^Xd"))
+METHODS = (
+    "pet", "full", "piebridge", "last_k", "random", "fixed", "cached", "piebridge_cached", "elastic", "prune"
+)
+COLOURS = dict(zip(METHODS, (_SAFE[place] for place in (0, 7, 3, 5, 1, 4, 9, 2, 8, 6))))
+MARKERS = dict(zip(METHODS, "osDvP^Xd*p"))
 ITEMS = ("prefix", "suffix", "correction", "cache", "router", "engine", "data", "other")  # of training time
 PARTS = dict(zip(ITEMS, (_SAFE[place] for place in (0, 1, 2, 9, 3, 4, 5, 7))))
 

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "piebridge"
 # From the bottom up: a module imports from the layers below its own, never from its own or from above.
 LAYERS = [
     {"config", "costs", "records", "embedded", "routing"},
-    {"data", "backbones", "engines", "figures"},
-    {"subnets", "pet", "alignment"},
+    {"data", "backbones", "engines", "figures", "tensor_selection"},
+    {"subnets", "pet", "alignment", "channel_pruning"},
     {"router", "latents"},
     {"cloud", "training"},
     {"methods.setting"},
