@@ -52,7 +52,9 @@ class BackwardProfile:
 
 
 def profile_backward(network: nn.Module, batch: Tensor, labels: Tensor, iterations: int) -> BackwardProfile:
-    """Measure a network on its device, means over some iterations after one more to warm up.
+    """Measure a network on its device over some iterations, after one more to warm up.
+
+    Means of the tensors' times are taken, and medians of whole passes.
 
     Layers (modules without children) are timed one by one while a pass runs through them: their backward pass for the
     input alone, then also for one tensor after the other; what a tensor adds is its own time. What happens between
@@ -63,7 +65,7 @@ def profile_backward(network: nn.Module, batch: Tensor, labels: Tensor, iteratio
         network: every parameter requires a gradient; stays unchanged.
         batch: its input, shape (B, ...).
         labels: int64, shape (B,).
-        iterations: of which the mean is taken.
+        iterations: how often everything is measured.
     """
     rounds = [_time_layers(network, batch) for _ in range(1 + iterations)][1:]
     tensors: list[nn.Parameter] = []
@@ -87,7 +89,7 @@ def profile_backward(network: nn.Module, batch: Tensor, labels: Tensor, iteratio
             pass_seconds.append(passing)
             passing = 0.0
     whole = [_time_whole(network, tensors, batch, labels) for _ in range(1 + iterations)][1:]
-    forward, backward = np.mean(whole, axis=0)
+    forward, backward = np.median(whole, axis=0)  # one hiccup of the machine must not eat up the budget
     return BackwardProfile(tensors, np.array(weight_seconds), np.array(pass_seconds), float(forward), float(backward))
 
 
@@ -140,13 +142,13 @@ def backward_budget(rho: float, forward_seconds: float, backward_seconds: float)
         ValueError: the forward pass alone takes longer.
     """
     ratio = forward_seconds / backward_seconds
-    share = rho * (1 + ratio) - ratio
+    share = rho - (1 - rho) * ratio  # rho (1 + ratio) - ratio, exactly 1 where rho is
     if share <= 0:
         raise ValueError(
             f"elastic.rho: {rho} of the time of full training is less than its forward pass alone takes here "
             f"({ratio / (1 + ratio):.2f}); raise it"
         )
-    return min(1.0, share)
+    return share
 
 
 def importance(
@@ -191,8 +193,8 @@ def select(
     """The tensors of the largest summed score whose backward pass keeps to a budget, by dynamic programming.
 
     The deepest tensor of the best selection is one of T; given it, the way down is paid and the others form a
-    knapsack of the tensors above it. One table of knapsacks, grown tensor by tensor, serves all T cases. Times are
-    rounded to whole steps, so what is selected may exceed the budget by up to half a step a tensor.
+    knapsack of the tensors above it. One table of knapsacks, grown tensor by tensor, serves all T cases. Each time is
+    rounded to whole steps, the nearest: what is selected may exceed the budget by half a step for every rounding.
 
     Args:
         scores, weight_seconds, pass_seconds: shape (T,), from output to input.
@@ -205,7 +207,7 @@ def select(
     scale = quanta / (weight_seconds.sum() + pass_seconds.sum())
     own = np.rint(weight_seconds * scale).astype(int)
     reach = np.rint(np.cumsum(pass_seconds) * scale).astype(int)
-    budget = int(share * quanta)
+    budget = int(share * (own.sum() + reach[-1]))
     best = np.zeros(budget + 1)  # by steps to spend on own gradients: the largest score of the tensors so far
     taken = np.zeros((len(scores), budget + 1), dtype=bool)
     largest, deepest = 0.0, -1
@@ -259,3 +261,5 @@ class ElasticSelection:
             selected[0] = True  # nothing helps within the budget: the tensor nearest to the output still learns
         for tensor, chosen in zip(profile.tensors, selected):
             tensor.requires_grad_(bool(chosen))
+            # tensors selected for the first time join others with a momentum; torch's fused SGD wants all or none
+            optimizer.state[tensor].setdefault("momentum_buffer", torch.zeros_like(tensor))
