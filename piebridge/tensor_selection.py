@@ -94,7 +94,7 @@ def profile_backward(network: nn.Module, batch: Tensor, labels: Tensor, iteratio
 
 
 def _time_layers(network: nn.Module, batch: Tensor) -> list[tuple[list[nn.Parameter], list[float]]]:
-    """A row a call of a layer, in order: its tensors, bias first, and seconds backward for the input, then also each."""
+    """A row a call of a layer: its tensors, bias first; seconds backward for its input alone, then also for each."""
     rows = []
 
     def measure(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -163,7 +163,7 @@ def test_probing_leaves_weights_and_optimizer_bit_identical(name, trained_before
     optimizer = sgd(network)
     if trained_before:
         step(network, optimizer, images, labels)
-    other, other_optimizer = copy.deepcopy(network), None
+    other = copy.deepcopy(network)
     before, state = copied_state(network), copy.deepcopy(optimizer.state_dict())
     scores = importance(network, optimizer, list(network.parameters()), images, labels)
     assert np.isfinite(scores).all()
@@ -195,7 +195,7 @@ def test_profile_knows_every_tensor_from_output_to_input(name):
     order = [names[tensor] for tensor in profile.tensors]
     assert sorted(order) == sorted(names.values())
     assert order[:2] == ["head.bias", "head.weight"]
-    assert order.index("head.weight") < len(order) - 1 == order.index(list(names.values())[0])
+    assert order.index("head.weight") < len(order) - 1 == order.index(next(iter(names.values())))
     assert (profile.weight_seconds >= 0).all()
     assert (profile.pass_seconds >= 0).all()
     assert profile.pass_seconds[0] == 0  # from the loss to the output nothing is passed
