@@ -175,7 +175,7 @@ def _run_one(
 
 
 def _accuracy(experiment: Experiment, plan: Plan, suffix: nn.Module, split: str) -> float:
-    """On the original network, always."""
+    """On the original network, always; `prune` alone trains, and is tested with, a smaller one."""
     task, device = experiment.task, experiment.study.training.device
     indices = task.splits[split]
     if len(plan.split.prefix):

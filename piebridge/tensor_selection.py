@@ -35,7 +35,8 @@ class BackwardProfile:
         tensors: all T parameters, from output to input in the order of execution.
         weight_seconds: shape (T,): of a tensor's own gradient, where the gradient of its layer's output is at hand.
         pass_seconds: shape (T,): of bringing the gradient to a tensor from the one before it.
-        forward_seconds, backward_seconds: of whole passes in which every tensor is trained.
+        forward_seconds: of a whole forward pass.
+        backward_seconds: of a whole backward pass in which every tensor is trained.
     """
 
     tensors: list[nn.Parameter]
@@ -167,7 +168,7 @@ def importance(
         batch, labels: the probe, shapes (B, ...) and (B,).
 
     Returns:
-        Shape (T,), in [-1, 1]; zeros if the step changes nothing.
+        Shape (T,), in [-1, 1]; zeros if the step changes nothing, or diverges.
     """
     before = [tensor.detach().clone() for tensor in tensors]
     state = copy.deepcopy(optimizer.state_dict())
@@ -184,7 +185,7 @@ def importance(
     optimizer.load_state_dict(state)
     values = torch.stack(scores).double().cpu().numpy()
     largest = np.abs(values).max()
-    return values / largest if largest > 0 else values
+    return values / largest if 0 < largest < np.inf else np.zeros_like(values)
 
 
 def select(

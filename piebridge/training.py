@@ -111,8 +111,9 @@ def fit(
     """
     device, count = config.device, len(images)
     suffix = plan.split.suffix.to(device).to(memory_format=torch.channels_last)
-    trained = [parameter for parameter in suffix.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=learning_rate, momentum=config.momentum, fused=True)
+    trained = [name for name, parameter in suffix.named_parameters() if parameter.requires_grad]
+    parameters = [suffix.get_parameter(name) for name in trained]
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=config.momentum, fused=True)
     stopwatch = costs.Stopwatch(device)
     correction = Correction(seed) if plan.corrected else None
     source = LatentSource(
@@ -133,7 +134,7 @@ def fit(
             for window in _windows(order, epoch_plan, config):
                 routes = epoch_plan.routes[window]
                 latents = source.window(window, routes, epoch_plan.pairs, plan.policy.route)
-                if not losses and plan.before_epoch is not None:
+                if not losses and plan.before_epoch is not None:  # here, for its first batch is at hand
                     with stopwatch("engine"):
                         _anneal(optimizer, learning_rate, step, steps)
                         first = window[: config.batch_size]
@@ -164,8 +165,8 @@ def fit(
         if reached:
             bar.set_postfix({name: f"{value:.1f}" for name, value in reached.items()})
     bar.close()
-    for parameter in trained:
-        parameter.requires_grad_(True)  # also what `before_epoch` froze for a time was trained
+    for name in trained:
+        suffix.get_parameter(name).requires_grad_(True)  # also what `before_epoch` froze for a time was trained
     spent = None if energy is None else costs.energy_counter_j() - energy
     seconds = dict(stopwatch.seconds)
     for item, value in plan.seconds.items():

@@ -1,6 +1,7 @@
 """ElasticTrainer: the selection is the best one, probing leaves no trace, only what is selected is trained."""
 
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from tiny import bare_setting, copied_state, random_backbone, random_images, same_tensors
+from tiny import bare_setting, copied_state, random_backbone, random_images, same_tensors, tiny_study
 from torch import nn
 
 from piebridge.config import ElasticConfig
@@ -154,6 +155,14 @@ def test_importance_of_a_step_that_changes_nothing_is_zero():
     layer = nn.Linear(2, 2)
     found = importance(layer, sgd(layer, rate=0.0), list(layer.parameters()), torch.ones(1, 2), torch.tensor([0]))
     assert found.tolist() == [0.0, 0.0]
+
+
+def test_importance_of_a_step_that_diverges_is_zero():
+    layer = nn.Linear(2, 2)
+    before = copied_state(layer)
+    found = importance(layer, sgd(layer, rate=1e39), list(layer.parameters()), torch.ones(1, 2), torch.tensor([0]))
+    assert found.tolist() == [0.0, 0.0]
+    assert same_tensors(copied_state(layer), before)
 
 
 @pytest.mark.parametrize("trained_before", [False, True])
@@ -304,6 +313,15 @@ def test_elastic_with_the_whole_budget_is_full_training(monkeypatch):
         macs.append(outcome.suffix_macs)
     assert same_tensors(*states)
     assert macs[0] == macs[1]
+
+
+@pytest.mark.parametrize("method", ["elastic", "prune"])
+def test_learning_lowers_the_loss(tiny, method):
+    task, study = tiny.task, tiny_study("training.epochs=6")
+    setting = dataclasses.replace(tiny.setting, study=study, images=task.images[task.splits["train"]])
+    labels = task.labels[task.splits["train"]]
+    outcome = fit(REGISTRY[method](setting), setting.images, labels, study.training, 0.001, 0, lambda suffix: {})
+    assert outcome.history["loss"].iloc[-1] < 0.85 * outcome.history["loss"].iloc[0]
 
 
 def test_fewer_multiply_accumulates_than_full_training():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tiny import bare_setting, copied_state, random_backbone, random_images, sam
 from torch import nn
 
 from piebridge import costs
+from piebridge.backbones import Input, Pool
 from piebridge.channel_pruning import (
     ChannelPruning,
     drop_channels,
@@ -290,6 +292,31 @@ def test_nothing_empty_changes_nothing():
     assert pruning.rebuilds == []
     assert same_tensors(copied_state(network), before)
     assert all(one is other for one, other in zip(parameters, network.parameters()))
+
+
+def test_the_lasso_empties_channels_that_a_simple_task_does_not_need():
+    """Bright against dark images: a few channels suffice; at the published threshold, all by gradient descent."""
+    torch.manual_seed(0)
+    network = nn.Sequential(OrderedDict(
+        input=Input(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), one=nn.Conv2d(3, 12, 3), two=nn.ReLU(),
+        three=nn.Conv2d(12, 12, 3), four=nn.ReLU(), pool=Pool(), head=nn.Linear(12, 2),
+    ))
+    images = torch.cat([random_images(16, 8, 1) // 2, 127 + random_images(16, 8, 2) // 2])
+    labels = torch.arange(32) // 16
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    pruning = ChannelPruning(network, PruneConfig(lasso_share=0.3, interval=1))
+    for epoch in range(6):
+        pruning.before_epoch(epoch, optimizer, images, labels)
+        for _ in range(100):
+            loss = nn.functional.cross_entropy(network(images), labels)
+            optimizer.zero_grad()
+            (loss + pruning.penalty(loss.detach())).backward()
+            optimizer.step()
+    assert pruning.rebuilds
+    assert network.one.out_channels < 12
+    assert network.three.out_channels < 12
+    assert network.three.in_channels == network.one.out_channels
+    assert (network(images).argmax(1) == labels).all()
 
 
 def test_training_goes_on_with_the_smaller_network():
