@@ -227,7 +227,36 @@ class RoutingConfig(Section):
     )
 
 
-METHODS = ("full", "pet", "last_k", "cached", "fixed", "random", "piebridge", "piebridge_cached")
+class ElasticConfig(Section):
+    """The method elastic (ElasticTrainer): training those tensors that pay most within a time budget."""
+
+    rho: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.533, description="Wanted time of a training step relative to full training's."
+    )
+    interval: PositiveInt = Field(4, description="Epochs from one selection of tensors to the next.")
+    quanta: PositiveInt = Field(
+        1000, description="Steps that the whole backward time is divided into for the dynamic program."
+    )
+    profiled_iterations: PositiveInt = Field(
+        5, description="Iterations over which the tensors' backward times are averaged."
+    )
+
+
+class PruneConfig(Section):
+    """The method prune (PruneTrain): full training that removes the channels which a group lasso has emptied."""
+
+    lasso_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="Share of the group lasso in the total loss of the first step, which fixes its weight."
+    )
+    threshold: Annotated[float, Field(gt=0)] = Field(
+        1e-4, description="A channel is empty if all weights that make or read it are smaller than this."
+    )
+    interval: PositiveInt = Field(2, description="Epochs from one rebuilding of the network to the next.")
+
+
+METHODS = (
+    "full", "pet", "last_k", "cached", "fixed", "random", "piebridge", "piebridge_cached", "elastic", "prune"
+)
 
 
 class TrainingConfig(Section):
@@ -274,6 +303,8 @@ class Study(Section):
     cloud: CloudConfig = CloudConfig()
     router: RouterConfig = RouterConfig()
     routing: RoutingConfig = RoutingConfig()
+    elastic: ElasticConfig = ElasticConfig()
+    prune: PruneConfig = PruneConfig()
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")

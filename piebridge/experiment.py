@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import costs, records
 from .backbones import Backbone, WeightsError
+from .channel_pruning import drop_channels
 from .cloud import obtain_backbone, obtain_family, obtain_router
 from .config import PetConfig, Study, study_folder
 from .data import Task, load_task
@@ -174,7 +175,7 @@ def _run_one(
 
 
 def _accuracy(experiment: Experiment, plan: Plan, suffix: nn.Module, split: str) -> float:
-    """On the original network, always."""
+    """On the original network, always; `prune` alone trains, and is tested with, a smaller one."""
     task, device = experiment.task, experiment.study.training.device
     indices = task.splits[split]
     if len(plan.split.prefix):
@@ -208,21 +209,19 @@ def _record(
         **{f"{item}_seconds": seconds.get(item, 0.0) for item in (
             "train", "prefix", "suffix", "router", "correction", "cache", "engine", "data", "eval")},
         original_share=history["original_share"].mean(), trainable_params=trainable,
-        total_params=in_prefix + in_suffix, train_gmacs=_training_gmacs(experiment, plan, outcome, count),
+        total_params=in_prefix + in_suffix, train_gmacs=_training_gmacs(experiment, plan, outcome),
         peak_memory_mib=outcome.peak_memory_mib, energy_j=outcome.energy_j,
         device=torch.cuda.get_device_name() if on_gpu else records.processor_name(),
         threads=torch.get_num_threads(), **provenance,
     )
 
 
-def _training_gmacs(experiment: Experiment, plan: Plan, outcome: Outcome, count: int) -> float:
+def _training_gmacs(experiment: Experiment, plan: Plan, outcome: Outcome) -> float:
     """Multiply-accumulates of the whole training: every prefix pass that was run, and the suffix's both ways."""
     device = experiment.study.training.device
     example = experiment.backbone.example().to(device)
     total = sum(outcome.computed[index] * costs.macs(network, example) for index, network in plan.networks.items())
-    with torch.no_grad():
-        latents = plan.split.prefix.to(device)(example)
-    return (total + count * experiment.study.training.epochs * costs.training_macs(plan.split.suffix, latents)) / 1e9
+    return (total + outcome.suffix_macs) / 1e9
 
 
 def _keep(experiment: Experiment, plan: Plan, outcome: Outcome, record: Record, place: Path) -> None:
@@ -236,7 +235,7 @@ def _keep(experiment: Experiment, plan: Plan, outcome: Outcome, record: Record, 
     notes = {
         "study": experiment.study.model_dump_json(), "method": record.method,
         "classes": json.dumps(experiment.task.classes),
-        "weights_fingerprint": experiment.backbone.fingerprint,
+        "weights_fingerprint": experiment.backbone.fingerprint, "rebuilds": json.dumps(plan.rebuilds),
     }
     partial = place / ".trained.safetensors"
     save_file(trained, partial, metadata=notes)
@@ -267,8 +266,10 @@ def load_trained(path: Path) -> tuple[nn.Module, list[str], int]:
     backbone = obtain_backbone(study)
     if backbone.fingerprint != notes["weights_fingerprint"]:
         raise WeightsError(f"{path}: trained with other weights of {backbone.name} than those found now")
-    if notes["method"] == "full":
+    if notes["method"] in ("full", "elastic", "prune"):
         parts = split_all(backbone, len(classes), seed=0)
+        for dropped in json.loads(notes.get("rebuilds", "[]")):
+            drop_channels(parts.suffix, dropped, backbone.example(2))
     elif notes["method"] == "last_k":
         parts = split(backbone, PetConfig(kind="last_k", blocks=study.training.last_k), len(classes), seed=0)
     else:

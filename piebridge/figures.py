@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import chain, repeat
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from .records import speedups
 
 _SAFE = sns.color_palette("colorblind").as_hex()  # told apart by colour-blind readers too
-METHODS = ("pet", "full", "piebridge", "last_k", "random", "fixed", "cached", "piebridge_cached")
-COLOURS = dict(zip(METHODS, (_SAFE[place] for place in (0, 7, 3, 5, 1, 4, 9, 2))))
-MARKERS = dict(zip(METHODS, "osDvP^Xd"))
+METHODS = (
+    "pet", "full", "piebridge", "last_k", "random", "fixed", "cached", "piebridge_cached", "elastic", "prune"
+)
+COLOURS = dict(zip(METHODS, (_SAFE[place] for place in (0, 7, 3, 5, 1, 4, 9, 2, 8, 6))))
+MARKERS = dict(zip(METHODS, "osDvP^Xd*p"))
 ITEMS = ("prefix", "suffix", "correction", "cache", "router", "engine", "data", "other")  # of training time
 PARTS = dict(zip(ITEMS, (_SAFE[place] for place in (0, 1, 2, 9, 3, 4, 5, 7))))
 
@@ -245,7 +248,8 @@ def routes_over_epochs(history: pd.DataFrame, study: str) -> Figure:
     """
     figure, (axis,) = _figure(7.0, 3.6)
     shares = history.groupby(["method", "epoch"], sort=False)["original_share"].mean()
-    for size, method in zip((11, 8, 5, 4, 4, 4, 4, 4), dict.fromkeys(history["method"])):  # lines may coincide
+    sizes = chain((11, 8, 5), repeat(4))  # lines may coincide
+    for size, method in zip(sizes, dict.fromkeys(history["method"])):
         look = {"marker": MARKERS.get(method, "."), "color": _colour(method), "markersize": size, "linewidth": size / 3}
         axis.plot(100 * shares[method], label=method, **look)
     axis.set(xlabel="epoch", ylabel="latents of the original, %", ylim=(-4, 104))

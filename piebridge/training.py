@@ -46,6 +46,11 @@ class Plan:
         cached: keep latents.
         corrected: correct those of subnets.
         seconds: what preparing cost already, by item (engine, router); counts as training time.
+        before_epoch: called with the epoch (from 0), the optimizer and the epoch's first batch (latents and labels);
+            may change the suffix and the optimizer. Its time is counted under `engine`.
+        penalty: called in each step with the batch's mean loss, detached; what it returns is added to the loss.
+        rebuilds: channels by layer that were dropped from the suffix, one entry a rebuilding, in order; needed to
+            load what was trained.
     """
 
     split: Split
@@ -55,6 +60,9 @@ class Plan:
     cached: bool = False
     corrected: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    before_epoch: Optional[Callable[[int, torch.optim.SGD, Tensor, Tensor], None]] = None
+    penalty: Optional[Callable[[Tensor], Tensor]] = None
+    rebuilds: list[dict[str, list[int]]] = field(default_factory=list)
 
 
 @dataclass
@@ -66,6 +74,7 @@ class Outcome:
             `evaluate` returned (NaN in epochs without evaluation).
         seconds: by item, and `train` for the whole without evaluation.
         computed: images run through each member, by index.
+        suffix_macs: multiply-accumulates of the suffix's passes, both ways, of all images and epochs.
         peak_memory_mib: of the process or GPU while training.
         energy_j: joules, where the device tells.
     """
@@ -73,6 +82,7 @@ class Outcome:
     history: pd.DataFrame
     seconds: dict[str, float]
     computed: dict[int, int]
+    suffix_macs: float
     peak_memory_mib: float
     energy_j: Optional[float]
 
@@ -101,8 +111,9 @@ def fit(
     """
     device, count = config.device, len(images)
     suffix = plan.split.suffix.to(device).to(memory_format=torch.channels_last)
-    trained = [parameter for parameter in suffix.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=learning_rate, momentum=config.momentum, fused=True)
+    trained = [name for name, parameter in suffix.named_parameters() if parameter.requires_grad]
+    parameters = [suffix.get_parameter(name) for name in trained]
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=config.momentum, fused=True)
     stopwatch = costs.Stopwatch(device)
     correction = Correction(seed) if plan.corrected else None
     source = LatentSource(
@@ -111,7 +122,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     labels_there = labels.to(device)
     steps = config.epochs * math.ceil(count / config.batch_size)
-    history, step = [], 0
+    history, step, suffix_macs = [], 0, 0.0
     costs.reset_peak_memory(device)
     energy = costs.energy_counter_j()
     bar = tqdm(total=config.epochs * count, desc=description, unit="image")
@@ -123,10 +134,15 @@ def fit(
             for window in _windows(order, epoch_plan, config):
                 routes = epoch_plan.routes[window]
                 latents = source.window(window, routes, epoch_plan.pairs, plan.policy.route)
+                if not losses and plan.before_epoch is not None:  # here, for its first batch is at hand
+                    with stopwatch("engine"):
+                        _anneal(optimizer, learning_rate, step, steps)
+                        first = window[: config.batch_size]
+                        plan.before_epoch(epoch, optimizer, latents[: len(first)], labels_there[first])
                 with stopwatch("suffix"):
                     for batch, chosen in zip(latents.split(config.batch_size), window.split(config.batch_size)):
-                        rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-                        losses.append(_step(suffix, batch, labels_there[chosen], optimizer, rate))
+                        _anneal(optimizer, learning_rate, step, steps)
+                        losses.append(_step(suffix, batch, labels_there[chosen], optimizer, plan.penalty))
                         step += 1
                 plan.policy.observe(window, torch.cat(losses[-math.ceil(len(window) / config.batch_size) :]).cpu())
                 fresh_pairs = int(torch.isin(window, epoch_plan.pairs).sum())
@@ -137,6 +153,7 @@ def fit(
                 bar.update(len(window))
         due = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
         with stopwatch("eval"):
+            suffix_macs += count * costs.training_macs(suffix, latents[:1])  # a suffix may change between epochs
             reached = evaluate(suffix) if due else {}
         seconds_so_far = stopwatch.seconds["train"] + sum(plan.seconds.values())
         history.append(
@@ -148,13 +165,15 @@ def fit(
         if reached:
             bar.set_postfix({name: f"{value:.1f}" for name, value in reached.items()})
     bar.close()
+    for name in trained:
+        suffix.get_parameter(name).requires_grad_(True)  # also what `before_epoch` froze for a time was trained
     spent = None if energy is None else costs.energy_counter_j() - energy
     seconds = dict(stopwatch.seconds)
     for item, value in plan.seconds.items():
         seconds[item] = seconds.get(item, 0.0) + value
         seconds["train"] += value
     return Outcome(
-        pd.DataFrame(history), seconds, source.computed, costs.peak_memory_mib(device),
+        pd.DataFrame(history), seconds, source.computed, suffix_macs, costs.peak_memory_mib(device),
         spent if spent is not None and spent >= 0 else None,
     )
 
@@ -171,12 +190,22 @@ def _windows(order: Tensor, plan: EpochPlan, config: TrainingConfig) -> list[Ten
     return [piece for piece in pieces if len(piece)]
 
 
-def _step(suffix: nn.Module, latents: Tensor, labels: Tensor, optimizer: torch.optim.SGD, rate: float) -> Tensor:
-    """One step; returns the loss of each image, shape (B,)."""
-    optimizer.param_groups[0]["lr"] = rate
+def _anneal(optimizer: torch.optim.SGD, peak: float, step: int, steps: int) -> None:
+    """Set the learning rate of a step: on a cosine from its peak to zero."""
+    optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _step(
+    suffix: nn.Module, latents: Tensor, labels: Tensor, optimizer: torch.optim.SGD,
+    penalty: Optional[Callable[[Tensor], Tensor]],
+) -> Tensor:
+    """One step; returns the loss of each image, shape (B,), without the penalty."""
     losses = functional.cross_entropy(suffix(latents), labels, reduction="none")
+    total = losses.mean()
+    if penalty is not None:
+        total = total + penalty(total.detach())
     optimizer.zero_grad(set_to_none=True)
-    losses.mean().backward()
+    total.backward()
     optimizer.step()
     return losses.detach()
 

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "piebridge"
 # From the bottom up: a module imports from the layers below its own, never from its own or from above.
 LAYERS = [
     {"config", "costs", "records", "embedded", "routing", "crops", "checkpoints"},
-    {"data", "backbones", "engines", "figures", "goal"},
-    {"cutting", "pet", "alignment"},
+    {"data", "backbones", "engines", "figures", "goal", "tensor_selection"},
+    {"cutting", "pet", "alignment", "channel_pruning"},
     {"subnets"},
     {"router", "latents"},
     {"cloud", "training"},

@@ -52,7 +52,7 @@ def test_frozen_tensors_stay_and_trained_ones_change(settings, method, kind):
     assert all(same_tensors(*pair) for pair in zip(states_of(setting), frozen))
     assert after.keys() == before.keys()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    assert changed == trained
+    assert changed == trained if method != "elastic" else changed and changed <= trained
     assert all(math.isfinite(loss) for loss in outcome.history["loss"])
     assert all(tensor.isfinite().all() for tensor in after.values() if tensor.is_floating_point())
 
@@ -77,7 +77,7 @@ def test_images_run_through_members(settings, method):
     setting = settings["head"]
     plan = REGISTRY[method](setting)
     computed = fit(plan, setting.images, LABELS, setting.study.training, 0.01, 0, lambda suffix: {}).computed
-    if method in ("full", "pet", "last_k"):
+    if method in ("full", "pet", "last_k", "elastic", "prune"):
         assert computed == {0: 39}
     elif method == "cached":
         assert computed == {0: 13}

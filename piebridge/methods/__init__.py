@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..training import Plan
-from . import cached, fixed, full, last_k, pet, piebridge, piebridge_cached, random
+from . import cached, elastic, fixed, full, last_k, pet, piebridge, piebridge_cached, prune, random
 from .setting import Setting, calibrate
 
 REGISTRY: dict[str, Callable[[Setting], Plan]] = {
@@ -17,6 +17,8 @@ REGISTRY: dict[str, Callable[[Setting], Plan]] = {
     "random": random.plan,
     "piebridge": piebridge.plan,
     "piebridge_cached": piebridge_cached.plan,
+    "elastic": elastic.plan,
+    "prune": prune.plan,
 }
 
 SHARES_ROUTES = {"random", "piebridge", "piebridge_cached"}  # part subnet, part original: needs their costs
