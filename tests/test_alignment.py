@@ -46,10 +46,7 @@ def test_alignment_follows_its_seed(tiny):
     study = tiny_study("cloud.steps=3 cloud.batch_size=8")
     images, (prefix, tail) = random_images(20), tiny.backbone.cut("head")
 
-    HALF = (SubnetSpec(width=0.5),)
-
-
-def aligned(seed):
+    def aligned(seed):
         member, _ = cut_subnet(prefix, SubnetSpec(width=0.5), images[:2])
         align([member], prefix, tail, images, 32, study.cloud, seed)
         return latents_of(member, images)
@@ -66,6 +63,9 @@ def test_any_number_of_steps_aligns(tiny, steps):
     history = align([member], prefix, tail, random_images(8), 32, study.cloud, seed=0)
     assert history["step"].tolist() == list(range(steps))
     assert latents_of(member, random_images(2)).isfinite().all()
+
+
+HALF = (SubnetSpec(width=0.5),)
 
 
 def aligned(tiny, overrides="", specs=HALF, **keywords):
