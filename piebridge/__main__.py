@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from . import records
 from .config import Study, load_study, study_folder
 
@@ -118,6 +120,31 @@ def measure(arguments: argparse.Namespace) -> None:
     _print_family(family)
 
 
+def transfer(arguments: argparse.Namespace) -> None:
+    """Train heads on each subnet of a family alone, test them on the original, and write a table."""
+    import torch
+
+    from .backbones import load_backbone
+    from .data import load_held_out
+    from .subnets import load_family
+    from .transfer import transfer as measure_transfer
+
+    study = load_study(arguments.study, arguments.set)
+    targets = [load_study(target) for target in arguments.targets]
+    torch.set_num_threads(study.training.threads or torch.get_num_threads())
+    backbone = load_backbone(study.backbone)
+    family = load_family(arguments.family, backbone, "head")
+    table = measure_transfer(family, backbone, load_held_out(study), targets)
+    if arguments.output.is_file():  # a table holds several backbones
+        known = records.read_table(arguments.output)
+        table = pd.concat([known[known["backbone"] != backbone.name], table], ignore_index=True)
+    records.write_table(arguments.output, table)
+    lost = (table["reference_accuracy"] - table["transfer_accuracy"]).rename("points lost")
+    shown = table.assign(**{"points lost": lost}).pivot_table(
+        index=["backbone", "subnet", "relative_latency", "fidelity_cloud"], columns="dataset", values="points lost")
+    print(shown.assign(mean=shown.mean(axis=1)).round(2).to_string())
+
+
 def _print_family(family) -> None:
     for facts in family.manifest.subnets:
         print(
@@ -139,15 +166,18 @@ def main() -> int:
     """Run a command; bad input ends with a message and status 2."""
     parser = argparse.ArgumentParser(prog="python -m piebridge", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for function in (check, summary, generate, measure):
+    for function in (check, summary, generate, measure, transfer):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.add_argument("study", help="a study of params/, by name or path")
         command.add_argument("--set", default="", help='overrides, for example "training.epochs=3 seed=1"')
         command.set_defaults(run=function)
         if function is generate:
             command.add_argument("--output", type=Path, required=True, help="folder of the family")
-        if function is measure:
+        if function in (measure, transfer):
             command.add_argument("--family", type=Path, required=True, help="folder of the family")
+        if function is transfer:
+            command.add_argument("--targets", nargs="+", required=True, help="studies of the target tasks")
+            command.add_argument("--output", type=Path, required=True, help="CSV; other backbones' rows in it stay")
     command = commands.add_parser("predict", help=predict.__doc__)
     command.add_argument("trained", type=Path, help="trained.safetensors of a run")
     command.add_argument("photos", type=Path, nargs="+", help="image files")

@@ -22,6 +22,7 @@ from .config import DataConfig, Study
 from .embedded import handwritten_digits, render_characters
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
+CLOUD_MEMORY_MIB = 2**30  # a cloud machine holds its images in memory
 SPLITS = ("train", "validation", "test")
 
 Source = Union[Path, bytes, np.ndarray]  # a file, its content, or an image (H, W, 3) uint8
@@ -343,11 +344,22 @@ def load_cloud(study: Study) -> CloudImages:
             pixels[: config.images], pixels[config.images :], torch.from_numpy(characters.labels[: config.images]),
             torch.from_numpy(characters.difficulty[config.images :]),
         )
-    folders = config.data if isinstance(config.data, tuple) else (config.data,)
-    sources, held_out = _public_images([_cloud_folder(path) for path in folders], config.held_out, study.seed)
-    unlimited = 2**30  # a cloud machine holds its images in memory
-    train, _ = decode(sources, round(1.25 * side), unlimited, progress="decoding cloud images")
-    return CloudImages(train, decode(held_out, side, unlimited)[0])
+    train, held_out = _cloud_sources(study)
+    decoded, _ = decode(train, round(1.25 * side), CLOUD_MEMORY_MIB, progress="decoding cloud images")
+    return CloudImages(decoded, decode(held_out, side, CLOUD_MEMORY_MIB)[0])
+
+
+def load_held_out(study: Study) -> Tensor:
+    """The held-out public images alone, uint8, shape (M, 3, R, R); raises as `load_cloud`."""
+    if study.cloud.data == "characters":
+        return load_cloud(study).held_out
+    return decode(_cloud_sources(study)[1], study.backbone.resolution, CLOUD_MEMORY_MIB)[0]
+
+
+def _cloud_sources(study: Study) -> tuple[list[Source], list[Source]]:
+    data = study.cloud.data
+    folders = data if isinstance(data, tuple) else (data,)
+    return _public_images([_cloud_folder(path) for path in folders], study.cloud.held_out, study.seed)
 
 
 def _cloud_folder(path: Path) -> Path:

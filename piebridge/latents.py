@@ -26,7 +26,7 @@ class LatentSource:
     Args:
         images: uint8, shape (N, 3, H, W): the training images, on the CPU.
         runners: what runs each member of the family that routes point to, by its index; 0 is the original.
-        batch_size: images a pass.
+        batch_size: images a pass, about: a group is divided evenly.
         device: where latents are wanted.
         stopwatch: seconds go to `data`, `prefix`, `cache` and `correction`.
         cached: keep every (image, member) latent and never compute it again.
@@ -101,7 +101,8 @@ class LatentSource:
     def _compute(self, route: int, indices: Tensor) -> Tensor:
         self.computed[route] += len(indices)
         parts = []
-        for chosen in indices.split(self.batch_size):
+        # about `batch_size` each and of equal size: a last pass for one or two images would cost nearly a whole one
+        for chosen in indices.tensor_split(max(1, round(len(indices) / self.batch_size))):
             with self.stopwatch("data"):
                 batch = self.images[chosen].to(self.device)
             with self.stopwatch("prefix"):

@@ -17,7 +17,7 @@ LAYERS = [
     {"subnets"},
     {"router", "latents"},
     {"cloud", "training"},
-    {"methods.setting"},
+    {"methods.setting", "transfer"},
     {"methods.*"},
     {"methods"},
     {"experiment"},

@@ -50,7 +50,7 @@ def test_a_route_runs_in_its_own_batches():
     source, runners, stopwatch = source_of()
     source.window(torch.arange(12), torch.tensor([0, 2] * 5 + [0, 0]), NOBODY, 2)
     assert runners[0].sizes == [4, 3]
-    assert runners[2].sizes == [4, 1]
+    assert runners[2].sizes == [5]
     assert source.computed == {0: 7, 2: 5}
     assert set(stopwatch.seconds) == {"data", "prefix"}
 
