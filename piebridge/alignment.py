@@ -104,7 +104,6 @@ def align(
             state.save(step.tensors(), generator, history, number + 1, earlier + time.perf_counter() - begin)
     progress.close()
     state.close()
-    step.share_statistics()
     for member in members:
         member.requires_grad_(False).eval()
     return pd.DataFrame(history, columns=HISTORY)
@@ -151,7 +150,7 @@ class _Step:
             unique, weight_decay=0.01, fused=True,
             lr=torch.zeros((), device=device) if self.on_gpu else 0.0, capturable=self.on_gpu,
         )
-        self.share_start()
+        self._share_start()
         self.optimizer.step()  # gradients and learning rate are zero: it only makes the moments, for the checkpoint
         for state in self.optimizer.state.values():
             state["step"].zero_()
@@ -163,6 +162,8 @@ class _Step:
         self.batch.copy_(batch)
         if learning_statistics != self.learning_statistics:
             self.learning_statistics = learning_statistics
+            if not learning_statistics:
+                self._share_statistics()
             for member in self.members:
                 member.train(learning_statistics)
             self.compute = _Replayed(self._compute, self.on_gpu)
@@ -215,15 +216,15 @@ class _Step:
             named |= {f"optimizer.{index}.{key}": value for key, value in self.optimizer.state[weight].items()}
         return named
 
-    def share_start(self) -> None:
+    def _share_start(self) -> None:
         """All processes start from the first one's weights."""
         if self.processes.num_processes > 1:
             for member in self.members:
                 for tensor in member.state_dict().values():
                     tensor.copy_(broadcast(tensor))
 
-    def share_statistics(self) -> None:
-        """Batch norm's running statistics, each process's own while training, become their mean."""
+    def _share_statistics(self) -> None:
+        """Batch norm's running statistics, each process's own while it learned them, become their mean."""
         if self.processes.num_processes > 1:
             for member in self.members:
                 for buffer in member.buffers():
