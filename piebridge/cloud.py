@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import costs, records
 from .alignment import align
 from .backbones import Backbone, load_backbone, take_apart
-from .config import Study, SubnetSpec, build_folder, project_root
+from .config import CloudConfig, Study, SubnetSpec, build_folder, project_root
 from .cutting import cut_set
 from .data import CloudImages, load_cloud
 from .embedded import SmallResNet
@@ -168,6 +168,32 @@ def generate_family(
     if PartialState().is_main_process:
         family = measure_latencies(family, images.held_out[:PREFIX_BATCH])
     return family, history
+
+
+def try_out(study: Study, backbone: Backbone, images: CloudImages, config: CloudConfig) -> pd.DataFrame:
+    """Cut subnets and align them for a while, keeping nothing: what a change of the cloud side's parameters brings.
+
+    Args:
+        study, backbone, images: as for `generate_family`.
+        config: takes the place of the study's `cloud`.
+
+    Returns:
+        A row a subnet in the order of `config.subnets`; columns relative_macs, and the fidelity on the held-out images
+        right after cutting (`cut`) and after alignment (`aligned`).
+    """
+    device = torch.device(config.device)
+    original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
+    held_out = images.held_out.to(device)
+    networks = [cut.network for spec in config.subnets for cut in cut_set(original, spec, held_out[:64], config)]
+    wanted, example = latents_of(original, held_out), backbone.example().to(device)
+
+    def reached() -> list[float]:
+        return [fidelity(latents_of(network, held_out), wanted)[0].mean().item() for network in networks]
+
+    table = {"relative_macs": [costs.macs(network, example) for network in networks], "cut": reached()}
+    align(networks, original, tail, images.train, backbone.resolution, config, study.seed)
+    table = pd.DataFrame(table | {"aligned": reached()})
+    return table.assign(relative_macs=table["relative_macs"] / costs.macs(original, example))
 
 
 def _throughput(history: pd.DataFrame, networks: Sequence[nn.Module], example: Tensor, device: torch.device) -> dict:

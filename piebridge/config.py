@@ -165,7 +165,7 @@ class CloudConfig(Section):
     )
     importance: Literal["magnitude", "taylor"] = Field(
         "magnitude", description="What says which channels are needed: their weights' magnitude, or the first-order "
-        "change of the alignment's loss on public images without them."
+        "change of the latents of public images without them."
     )
     ratios: Literal["uniform", "global"] = Field(
         "uniform", description="The same share of channels pruned in every layer, or the least important of them all."
@@ -281,7 +281,10 @@ class TrainingConfig(Section):
     last_k: PositiveInt = Field(1, description="Blocks that the method last_k trains besides the head.")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0: as many as the machine has cores.")
     device: str = Field("cpu", description="Torch device of training.")
-    engine: Literal["eager", "onnxruntime"] = Field("eager", description="What runs a frozen prefix.")
+    engine: Literal["eager", "onnxruntime"] = Field(
+        "eager", description="What runs a frozen prefix: PyTorch, on a CPU with batch norms folded and convolutions "
+        "packed once; or ONNX Runtime, on the CPU."
+    )
 
     @field_validator("learning_rate")
     @classmethod

@@ -20,14 +20,14 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 
 from .records import speedups
 
-_SAFE = sns.color_palette("colorblind").as_hex()  # told apart by colour-blind readers too
+SAFE = sns.color_palette("colorblind").as_hex()  # told apart by colour-blind readers too
 METHODS = (
     "pet", "full", "piebridge", "last_k", "random", "fixed", "cached", "piebridge_cached", "elastic", "prune"
 )
-COLOURS = dict(zip(METHODS, (_SAFE[place] for place in (0, 7, 3, 5, 1, 4, 9, 2, 8, 6))))
+COLOURS = dict(zip(METHODS, (SAFE[place] for place in (0, 7, 3, 5, 1, 4, 9, 2, 8, 6))))
 MARKERS = dict(zip(METHODS, "osDvP^Xd*p"))
 ITEMS = ("prefix", "suffix", "correction", "cache", "router", "engine", "data", "other")  # of training time
-PARTS = dict(zip(ITEMS, (_SAFE[place] for place in (0, 1, 2, 9, 3, 4, 5, 7))))
+PARTS = dict(zip(ITEMS, (SAFE[place] for place in (0, 1, 2, 9, 3, 4, 5, 7))))
 
 
 def _colour(method: str) -> str:
@@ -43,15 +43,19 @@ class Drawing(Figure):
         return buffer.getvalue()
 
 
-def _figure(width: float, height: float, columns: int = 1, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+def panels(
+    width: float, height: float, columns: int = 1, share_y: bool = False, rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure of one row or one column of axes."""
     style = {"axes.spines.top": False, "axes.spines.right": False}
     with sns.axes_style("whitegrid", style), sns.plotting_context("notebook", font_scale=0.9):
         figure = Drawing(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(1, columns, sharey=share_y, squeeze=False)
-    return figure, list(axes[0])
+        axes = figure.subplots(rows, columns, sharey=share_y, squeeze=False)
+    return figure, list(axes.ravel())
 
 
-def _titled(figure: Figure, what: str, study: str, device: str = "") -> Figure:
+def titled(figure: Figure, what: str, study: str, device: str = "") -> Figure:
+    """The figure with a title that names the study, and the device where times are shown."""
     where = f"study {study}" + (f", on {device}" if device else "")
     figure.suptitle(f"{what}\n{where}", fontsize=10.5)
     return figure
@@ -76,7 +80,8 @@ def _horizontal_stack(axis: Axes, table: pd.DataFrame, colours: dict[str, str], 
     axis.grid(axis="y", visible=False)
 
 
-def _plain_log(axis: Axis) -> None:
+def plain_log(axis: Axis) -> None:
+    """Ticks of a logarithmic axis written as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -93,87 +98,13 @@ def block_costs(table: pd.DataFrame, study: str, device: str) -> Figure:
     empty = pd.Series(0.0, index=sums.index)
     kinds = [(part, way) for part in ("prefix", "suffix") for way in ("forward", "backward")]
     bars = {f"{part}, {way}": sums.get((f"{way}_ms", part), empty) for part, way in kinds}
-    colours = dict(zip(bars, (_SAFE[0], _SAFE[9], _SAFE[1], _SAFE[8])))
-    figure, (axis,) = _figure(7.5, 1.4 + 0.5 * len(sums))
+    colours = dict(zip(bars, (SAFE[0], SAFE[9], SAFE[1], SAFE[8])))
+    figure, (axis,) = panels(7.5, 1.4 + 0.5 * len(sums))
     _horizontal_stack(axis, pd.DataFrame(bars), colours, ("", "//", "", "//"))
     axis.invert_yaxis()
     axis.set(xlabel="milliseconds a batch")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return _titled(figure, "Cost of a training step: frozen prefix and the rest", study, device)
-
-
-def channels_kept(shares: pd.DataFrame, study: str) -> Figure:
-    """What was cut, layer by layer.
-
-    Args:
-        shares: a row a member, a column a layer: share of the output channels kept; NaN where the block was removed.
-    """
-    figure, (axis,) = _figure(9.0, 2.4 + 0.34 * len(shares))
-    axis.grid(False)
-    look = {"vmin": 0, "vmax": 1, "cmap": "viridis", "linewidths": 0.6, "linecolor": "white"}
-    sns.heatmap(shares, ax=axis, mask=shares.isna(), cbar_kws={"label": "share of channels kept"}, **look)
-    for row, column in np.argwhere(shares.isna().to_numpy()):
-        axis.text(column + 0.5, row + 0.5, "×", ha="center", va="center", color="0.35")
-    axis.set(xlabel="convolution (×: its block is removed)", ylabel="")
-    axis.tick_params(axis="x", rotation=90, labelsize=7.5)
-    axis.tick_params(axis="y", rotation=0)
-    return _titled(figure, "Channels kept in each layer", study)
-
-
-def latents_plane(points: pd.DataFrame, study: str, member: str) -> Figure:
-    """Latents before and after alignment in the original's principal plane.
-
-    Args:
-        points: a row an image and network; columns image, network (`original`, `unaligned`, `aligned`), x, y.
-    """
-    figure, axes = _figure(8.5, 4.2, columns=2, share_y=True)
-    original = points[points["network"] == "original"].set_index("image")
-    for axis, network in zip(axes, ("unaligned", "aligned")):
-        other = points[points["network"] == network].set_index("image").loc[original.index]
-        axis.plot([original["x"], other["x"]], [original["y"], other["y"]], color="0.8", linewidth=0.5, zorder=1)
-        axis.scatter(original["x"], original["y"], s=9, color=_SAFE[0], label="original", zorder=2)
-        axis.scatter(other["x"], other["y"], s=9, marker="^", color=_SAFE[3], label=f"subnet, {network}", zorder=3)
-        axis.set(xlabel="first principal component", title=network)
-        axis.legend(loc="best", fontsize=8, markerscale=1.6)
-    axes[0].set_ylabel("second principal component")
-    return _titled(figure, f"Latents of held-out images: original and {member}", study)
-
-
-def alignment_curves(history: pd.DataFrame, study: str, names: Sequence[str]) -> Figure:
-    """Alignment loss over steps, a line a member.
-
-    Args:
-        history: columns step, member (from 1), loss.
-        names: of the members, from 1.
-    """
-    figure, (axis,) = _figure(7.0, 3.6)
-    for member, curve in history.groupby("member"):
-        axis.plot(curve["step"], curve["loss"], color=_SAFE[int(member) % 10], label=names[int(member) - 1])
-    axis.set(xlabel="alignment step", ylabel="loss", yscale="log")
-    _plain_log(axis.yaxis)
-    axis.legend(fontsize=8)
-    return _titled(figure, "Alignment of the subnets with the original", study)
-
-
-def pareto_subnets(facts: pd.DataFrame, study: str, device: str) -> Figure:
-    """Fidelity of each member against its cost, as MACs and as latency.
-
-    Args:
-        facts: a row a member, the original first; columns name, relative_macs, relative_latency, fidelity.
-        device: the one latencies were measured on.
-    """
-    figure, axes = _figure(9.0, 4.2, columns=2, share_y=True)
-    for axis, column in zip(axes, ("relative_macs", "relative_latency")):
-        for place, (_, member) in enumerate(facts.iterrows()):
-            axis.scatter(member[column], member["fidelity"], s=45, color=_SAFE[0] if place else "black", zorder=3)
-            point = (member[column], member["fidelity"])
-            axis.annotate(str(place), point, xytext=(5, -11), textcoords="offset points", fontsize=9)
-        axis.margins(y=0.12)
-        axis.set(xlim=(0, 1.08), xlabel=column.replace("_", " ").replace("macs", "MACs"))
-    axes[0].set_ylabel("fidelity (centred cosine)")
-    listing = "\n".join(f"{place}  {name}" for place, name in enumerate(facts["name"]))
-    axes[0].text(0.98, 0.03, listing, transform=axes[0].transAxes, ha="right", va="bottom", fontsize=8)
-    return _titled(figure, "A family of subnets: fidelity against cost", study, device)
+    return titled(figure, "Cost of a training step: frozen prefix and the rest", study, device)
 
 
 def difficulty_plane(table: pd.DataFrame, study: str, target_cost: float) -> Figure:
@@ -183,20 +114,20 @@ def difficulty_plane(table: pd.DataFrame, study: str, target_cost: float) -> Fig
         table: a row a held-out image; columns difficulty, loss (mean over the subnets).
         target_cost: the mean cost that the router was trained towards.
     """
-    figure, (left, right) = _figure(9.0, 3.8, columns=2)
-    left.hist(table["difficulty"], bins=30, color=_SAFE[0])
+    figure, (left, right) = panels(9.0, 3.8, columns=2)
+    left.hist(table["difficulty"], bins=30, color=SAFE[0])
     left.axvline(table["difficulty"].mean(), color="black", label="mean difficulty")
-    left.axvline(target_cost, color=_SAFE[3], linestyle="--", label="target cost in training")
+    left.axvline(target_cost, color=SAFE[3], linestyle="--", label="target cost in training")
     left.set(xlabel="difficulty (cost an image deserves)", ylabel="held-out images")
     left.legend(fontsize=8)
     rank = table["difficulty"].rank(method="first", pct=True)
-    right.scatter(rank, table["loss"], s=7, alpha=0.5, color=_SAFE[0])
+    right.scatter(rank, table["loss"], s=7, alpha=0.5, color=SAFE[0])
     tenths = table["loss"].groupby(pd.cut(rank, np.linspace(0, 1, 11), labels=False)).mean()
-    right.plot(tenths.index / 10 + 0.05, tenths, "o-", color=_SAFE[3], label="mean of each tenth")
+    right.plot(tenths.index / 10 + 0.05, tenths, "o-", color=SAFE[3], label="mean of each tenth")
     right.set(xlabel="rank of the difficulty (1: hardest)", ylabel="loss of the subnets, mean", yscale="log")
-    _plain_log(right.yaxis)
+    plain_log(right.yaxis)
     right.legend(fontsize=8)
-    return _titled(figure, "The router's difficulty on images it never saw", study)
+    return titled(figure, "The router's difficulty on images it never saw", study)
 
 
 def image_rows(rows: dict[str, Sequence], captions: dict[str, Sequence[str]], study: str, what: str) -> Figure:
@@ -215,7 +146,7 @@ def image_rows(rows: dict[str, Sequence], captions: dict[str, Sequence[str]], st
             axis.set(xticks=[], yticks=[])
             axis.set_title(caption, fontsize=8)
         line[0].set_ylabel(name, fontsize=9)
-    return _titled(figure, what, study)
+    return titled(figure, what, study)
 
 
 def time_breakdown(records: pd.DataFrame) -> Figure:
@@ -229,7 +160,7 @@ def time_breakdown(records: pd.DataFrame) -> Figure:
     means = records.groupby("method", sort=False)[["train_seconds", *[f"{item}_seconds" for item in items]]].mean()
     parts = means.rename(columns=lambda name: name.removesuffix("_seconds"))
     parts["other"] = (parts["train"] - parts[items].sum(axis=1)).clip(lower=0)
-    figure, (left, right) = _figure(9.5, 1.6 + 0.36 * len(parts), columns=2, share_y=True)
+    figure, (left, right) = panels(9.5, 1.6 + 0.36 * len(parts), columns=2, share_y=True)
     _horizontal_stack(left, parts, PARTS)
     _horizontal_stack(right, 100 * parts.div(parts[list(PARTS)].sum(axis=1), axis=0), PARTS)
     left.invert_yaxis()
@@ -237,7 +168,7 @@ def time_breakdown(records: pd.DataFrame) -> Figure:
     right.set(xlabel="share of a method's own time, %", xlim=(0, 100))
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(PARTS), frameon=False)
-    return _titled(figure, "Where training time goes", study, device)
+    return titled(figure, "Where training time goes", study, device)
 
 
 def routes_over_epochs(history: pd.DataFrame, study: str) -> Figure:
@@ -246,7 +177,7 @@ def routes_over_epochs(history: pd.DataFrame, study: str) -> Figure:
     Args:
         history: columns method, epoch, original_share; means over seeds are drawn.
     """
-    figure, (axis,) = _figure(7.0, 3.6)
+    figure, (axis,) = panels(7.0, 3.6)
     shares = history.groupby(["method", "epoch"], sort=False)["original_share"].mean()
     sizes = chain((11, 8, 5), repeat(4))  # lines may coincide
     for size, method in zip(sizes, dict.fromkeys(history["method"])):
@@ -255,7 +186,7 @@ def routes_over_epochs(history: pd.DataFrame, study: str) -> Figure:
     axis.set(xlabel="epoch", ylabel="latents of the original, %", ylim=(-4, 104))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right center", frameon=False)
-    return _titled(figure, "Who computes the latents", study)
+    return titled(figure, "Who computes the latents", study)
 
 
 def accuracy_over_time(history: pd.DataFrame, records: pd.DataFrame) -> Figure:
@@ -266,15 +197,15 @@ def accuracy_over_time(history: pd.DataFrame, records: pd.DataFrame) -> Figure:
         records: of the same runs, for the study's and the device's names.
     """
     study, device = _one_device(records)
-    figure, (axis,) = _figure(7.5, 4.2)
+    figure, (axis,) = panels(7.5, 4.2)
     for (method, seed), run in history.dropna(subset="test_accuracy").groupby(["method", "seed"], sort=False):
         look = {"marker": MARKERS.get(method, "."), "markersize": 4, "color": _colour(method)}
         label = method if seed == history["seed"].min() else None
         axis.plot(run["train_seconds"], run["test_accuracy"], label=label, **look)
     axis.set(xlabel="training time, seconds (evaluation excluded)", ylabel="test accuracy, %", xscale="log")
-    _plain_log(axis.xaxis)
+    plain_log(axis.xaxis)
     figure.legend(loc="outside right center", frameon=False)
-    return _titled(figure, "Accuracy against training time", study, device)
+    return titled(figure, "Accuracy against training time", study, device)
 
 
 def speedup_bars(records: pd.DataFrame) -> Figure:
@@ -286,7 +217,7 @@ def speedup_bars(records: pd.DataFrame) -> Figure:
     study, device = _one_device(records)
     table = speedups(records)
     rivals = [rival for rival in ("pet", "full") if rival in table.index]
-    figure, axes = _figure(8.0, 1.4 + 0.36 * len(table), columns=max(1, len(rivals)), share_y=True)
+    figure, axes = panels(8.0, 1.4 + 0.36 * len(table), columns=max(1, len(rivals)), share_y=True)
     for axis, rival in zip(axes, rivals):
         ratios = table[f"faster_than_{rival}"]
         bars = axis.barh(table.index, ratios, color=[_colour(method) for method in table.index])
@@ -295,7 +226,7 @@ def speedup_bars(records: pd.DataFrame) -> Figure:
         axis.set(xlabel=f"times faster than {rival}", xlim=(0, 1.18 * ratios.max()))
         axis.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
-    return _titled(figure, "Speed-up of training time", study, device)
+    return titled(figure, "Speed-up of training time", study, device)
 
 
 def accuracy_against_time(records: pd.DataFrame) -> Figure:
@@ -305,7 +236,7 @@ def accuracy_against_time(records: pd.DataFrame) -> Figure:
         records: of one study and device; columns study, device, threads, method, train_seconds, test_accuracy.
     """
     study, device = _one_device(records)
-    figure, (axis,) = _figure(7.5, 4.2)
+    figure, (axis,) = panels(7.5, 4.2)
     for method, runs in records.groupby("method", sort=False):
         axis.scatter(runs["train_seconds"], runs["test_accuracy"], s=12, color=_colour(method), alpha=0.5)
         mean = runs[["train_seconds", "test_accuracy"]].mean()
@@ -315,6 +246,6 @@ def accuracy_against_time(records: pd.DataFrame) -> Figure:
     front = means[means["test_accuracy"] > means["test_accuracy"].cummax().shift(fill_value=-1)]
     axis.plot(front["train_seconds"], front["test_accuracy"], color="0.5", linewidth=1, zorder=0, label="front")
     axis.set(xlabel="training time, seconds", ylabel="test accuracy after the last epoch, %", xscale="log")
-    _plain_log(axis.xaxis)
+    plain_log(axis.xaxis)
     figure.legend(loc="outside right center", frameon=False)
-    return _titled(figure, "Accuracy against training time, each method once", study, device)
+    return titled(figure, "Accuracy against training time, each method once", study, device)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "piebridge"
 LAYERS = [
     {"config", "costs", "records", "embedded", "routing", "crops", "checkpoints"},
     {"data", "backbones", "engines", "figures", "goal", "tensor_selection"},
-    {"cutting", "pet", "alignment", "channel_pruning"},
+    {"cutting", "pet", "alignment", "channel_pruning", "cloud_figures"},
     {"subnets"},
     {"router", "latents"},
     {"cloud", "training"},
@@ -88,5 +88,6 @@ def test_nothing_imports_notebooks_or_tests(name):
 
 def test_figures_read_records_only():
     assert imported_modules(PACKAGE / "figures.py") <= {"records"}
-    command = "import sys, piebridge.figures; sys.exit('torch' in sys.modules)"
+    assert imported_modules(PACKAGE / "cloud_figures.py") == {"figures"}
+    command = "import sys, piebridge.cloud_figures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command]).returncode == 0

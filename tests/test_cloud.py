@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-from tiny import random_backbone, tiny_study
+from tiny import copied_state, random_backbone, same_tensors, tiny_study
 
 from piebridge import cloud
 from piebridge.cloud import family_folder, free_family, learn_router, obtain_backbone, obtain_family, obtain_router
+from piebridge.config import SubnetSpec
 from piebridge.data import load_cloud
 from piebridge.subnets import FamilyError, fidelity, latents_of
 
@@ -123,3 +124,17 @@ def test_router_is_the_familys(tiny):
     assert router.relative_costs.tolist() == pytest.approx(tiny.setting.family.relative_macs)
     images = tiny.setting.images[:5]
     torch.testing.assert_close(router.difficulty(images), tiny.setting.router.difficulty(images))
+
+
+def test_trying_out_measures_and_keeps_nothing(tiny):
+    study = tiny_study()
+    images = load_cloud(study)
+    before = copied_state(tiny.setting.family.networks[0])
+    config = study.cloud.model_copy(update={"subnets": (SubnetSpec(resolution=24), SubnetSpec(width=0.5)), "steps": 0})
+    table = cloud.try_out(study, tiny.backbone, images, config)
+    assert list(table["cut"]) == list(table["aligned"])  # no steps: nothing was aligned
+    assert table["relative_macs"].between(0, 1).all()
+    aligned = cloud.try_out(study, tiny.backbone, images, config.model_copy(update={"steps": 3}))
+    assert list(aligned["cut"]) == list(table["cut"])
+    assert list(aligned["aligned"]) != list(table["aligned"])
+    assert same_tensors(before, copied_state(tiny.setting.family.networks[0]))

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from piebridge import figures
+from piebridge import cloud_figures, figures
 from piebridge.config import METHODS
 
 OF_RECORDS = (figures.time_breakdown, figures.speedup_bars, figures.accuracy_against_time)
@@ -84,3 +84,27 @@ def test_a_rival_that_was_not_run_has_no_bars(table):
     figure = figures.speedup_bars(table[table["method"] != "full"])
     assert len(figure.axes) == 1
     assert "pet" in figure.axes[0].get_xlabel()
+
+
+def test_figures_of_the_cloud_side():
+    channels = pd.DataFrame({"stem 0": [8, 4], "layer1 conv1": [16, None]}, index=["original", "narrow"])
+    points = pd.DataFrame([(state, network, place, -place) for state in ("unaligned", "aligned")
+                           for network in ("original", "narrow") for place in (0.0, 1.0)],
+                          columns=["state", "network", "x", "y"])
+    fidelities = pd.DataFrame({"a": [0.5, 0.6], "b": [0.7, 0.8]}, index=["reference", "other"])
+    subnets = pd.DataFrame({"cut": ["width", "depth"], "relative_macs": [0.5, 0.4], "fidelity": [0.8, 0.7]})
+    drawn = (
+        cloud_figures.channels_of(channels, "tiny"), cloud_figures.latents_plane(points, "tiny"),
+        cloud_figures.compared(fidelities, "tiny", "what"),
+        cloud_figures.fidelity_against_macs(subnets, "tiny", "what"),
+    )
+    for figure in drawn:
+        assert figure._repr_png_().startswith(b"\x89PNG")
+        assert "tiny" in figure.get_suptitle()
+    assert {"reference", "other", "a", "b"} <= set(texts_of(drawn[2]))
+    assert "×" in [text.get_text() for axis in drawn[0].axes for text in axis.texts]
+
+
+def test_pareto_front_is_what_nothing_beats():
+    facts = pd.DataFrame({"relative_latency": [1.0, 0.5, 0.6, 0.2, 0.2], "fidelity": [1.0, 0.9, 0.8, 0.6, 0.7]})
+    assert cloud_figures.pareto_front(facts) == [4, 1, 0]

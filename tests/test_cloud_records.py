@@ -1,0 +1,76 @@
+"""What the book says in words of the cloud side's records is what the records say."""
+
+import pandas as pd
+import pytest
+from tiny import ROOT
+
+
+@pytest.fixture(scope="module")
+def table():
+    return pd.read_csv(ROOT / "book" / "records" / "cloud_ablation.csv").fillna({"without": "", "shared": ""})
+
+
+def variants(table, series, backbone, held_out="photos"):
+    """Fidelities after alignment: a row a variant, a column a subnet."""
+    chosen = table.query("series == @series and backbone == @backbone and held_out == @held_out and steps > 0")
+    return chosen.pivot_table(index="variant", columns="member", values="fidelity", sort=False)
+
+
+def reached(table, backbone="resnet18", series="candidates_2", steps=1, **spec):
+    rows = table.query("series == @series and backbone == @backbone and held_out == 'photos'")
+    rows = rows[(rows["steps"] > 0) == bool(steps)]
+    for name, value in ({"width": 1.0, "depth": 1.0, "without": "", "shared": ""} | spec).items():
+        rows = rows[rows[name] == value]
+    assert len(rows) == 1
+    return rows["fidelity"].item()
+
+
+def test_every_row_is_there_once(table):
+    keys = ["backbone", "series", "variant", "member", "steps", "held_out"]
+    assert not table.duplicated(keys).any()
+    assert table.notna().all(axis=None)
+    assert table["fidelity"].between(-1, 1).all()
+    assert table["relative_macs"].between(0, 1).all()
+
+
+@pytest.mark.parametrize("held_out", ["photos", "tiny_imagenet"])
+def test_loss_and_steps(table, held_out):
+    first = variants(table, "changes_1", "resnet18", held_out)
+    reference = first.loc["reference"]
+    assert (first.loc["cosine"] > reference).all()
+    assert (first.loc["cosine + MSE"] > reference).all()
+    assert list(first.loc["cosine + MSE"] > first.loc["cosine"]) == [True, True, False]
+    assert (first.loc["Taylor"] > reference)[[2, 3]].all()
+    assert (first.loc["frozen statistics 0"] < reference - 0.1).all()
+    assert (first.loc[["+ features", "plain space", "CutMix"]] < reference + 0.005).all(axis=None)
+    second = variants(table, "changes_2", "resnet18", held_out)
+    late = ["frozen statistics 0.5", "frozen statistics 0.8"]
+    assert (second.loc[late, 1] < second.drop(index=late)[1].min() - 0.05).all()
+    assert (second.loc[late, 2] < second.drop(index=late)[2].min() - 0.01).all()
+
+
+def test_what_to_cut(table):
+    left = {block: reached(table, series="candidates_1", resolution=96, without=block)
+            for block in ("layer2_1", "layer3_1", "layer4_1")}
+    assert list(left) == sorted(left, key=left.get, reverse=True)
+    assert reached(table, width=0.875, resolution=96) > reached(table, resolution=80)
+    assert reached(table, width=0.75, resolution=64, without="layer2_1") > reached(table, width=0.5, resolution=80)
+
+
+def test_mobilenet_wants_its_width(table):
+    late = "block14 block15 block16 block17 block18"
+    narrow = reached(table, "mobilenet_v2", width=0.75, resolution=80)
+    assert reached(table, "mobilenet_v2", resolution=64, shared=late) > narrow
+    photos = variants(table, "changes_1", "mobilenet_v2")
+    assert list(photos.loc["photos only"] > photos.loc["reference"]) == [True, True, False]
+
+
+def test_speed():
+    speed = pd.read_csv(ROOT / "book" / "records" / "cloud_speed.csv")
+    rates = speed.set_index(["backbone", "batch_size", "members", "how"])["images_per_second"].sort_index()
+    for backbone, members in (("resnet18", 10), ("mobilenet_v2", 9)):
+        of = rates[backbone, 256, members]
+        assert of["graph, a stream a member"] > 2 * of["kernel by kernel"]
+    of = rates["resnet18", 512, 9]
+    assert of["graph, a stream a member, float16"] < of["graph, a stream a member"]
+    assert of["graph, a stream a member, cudnn.benchmark"] < 1.01 * of["graph, a stream a member"]
