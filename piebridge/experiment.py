@@ -24,7 +24,7 @@ from .cloud import obtain_backbone, obtain_family, obtain_router
 from .config import PetConfig, Study, study_folder
 from .data import Task, load_task
 from .engines import prepare
-from .methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, Setting, calibrate
+from .methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, Setting, calibrate, choose_side
 from .pet import split, split_all
 from .records import Record
 from .subnets import latents_of
@@ -73,6 +73,8 @@ def open_experiment(study: Study) -> Experiment:
     setting = Setting(study, backbone, task.images[indices], len(task.classes), study.seed, family, router)
     if SHARES_ROUTES & set(study.training.methods):
         setting = calibrate(setting)
+    if "resolution" in study.training.methods:
+        setting = choose_side(setting)
     return Experiment(study, task, backbone, setting, folder)
 
 

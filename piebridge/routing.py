@@ -96,10 +96,12 @@ class FixedRoute:
     Args:
         route: the subnet.
         pairs: images paired in the first epoch; 0 for the original or without correction.
+        name: what `describe` says; default: the subnet.
     """
 
-    def __init__(self, route: int, pairs: int = 0) -> None:
+    def __init__(self, route: int, pairs: int = 0, name: str = "") -> None:
         self.route, self.pairs = route, pairs
+        self.name = name or ("original" if route == 0 else f"subnet {route}")
 
     def plan(self, epoch: int, order: Tensor) -> EpochPlan:
         """The routes of an epoch, given its shuffled order, int64 (N,)."""
@@ -112,7 +114,7 @@ class FixedRoute:
         """Losses, shape (B,), of the images that were just trained on; a fixed route does not care."""
 
     def describe(self) -> str:
-        return "original" if self.route == 0 else f"subnet {self.route}"
+        return self.name
 
 
 class SharedRoute:
@@ -129,13 +131,14 @@ class SharedRoute:
         seed: of random draws and of ties.
         buy_epochs: 0: the share is chosen anew in every epoch. Else (with a cache, where an original latent is paid
             once): the share grows evenly over so many epochs and an image that got the original keeps it.
+        permanent: the difficulty alone decides, whatever the losses.
     """
 
     def __init__(
         self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, random: bool = False,
-        difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0,
+        difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0, permanent: bool = False,
     ) -> None:
-        self.count, self.route, self.share = count, route, share
+        self.count, self.route, self.share, self.permanent = count, route, share, permanent
         self.pairs, self.refit_pairs, self.random = min(pairs, count), refit_pairs, random
         self.buy_epochs = buy_epochs
         self.difficulty = torch.zeros(count) if difficulty is None else difficulty
@@ -172,7 +175,7 @@ class SharedRoute:
         noise = torch.rand(self.count, generator=self.generator)
         if self.random:
             return noise
-        return ranks(self.losses) + self.difficulty + 1e-6 * noise
+        return (0 if self.permanent else ranks(self.losses)) + self.difficulty + 1e-6 * noise
 
 
 def ranks(values: Tensor) -> Tensor:

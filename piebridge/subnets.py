@@ -97,17 +97,18 @@ def latents_of(network: nn.Module, images: Tensor, batch_size: int = 64) -> Tens
         return torch.cat([network(batch) for batch in images.split(batch_size)])
 
 
-def fidelity(latents: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+def fidelity(latents: Tensor, original: Tensor, mean: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """How near a subnet's latents are to the original's.
 
     Args:
         latents, original: shape (N, ...), of the same images.
+        mean: shape (1, ...), the original's mean latent where these images are only a part; default: theirs.
 
     Returns:
         (centred, plain), each of shape (N,): cosine similarities with and without subtracting the original's mean
         latent. Pooled ReLU latents share a large mean, which alone makes the plain cosine high.
     """
-    mean = original.mean(0, keepdim=True)
+    mean = original.mean(0, keepdim=True) if mean is None else mean
     centred = functional.cosine_similarity((latents - mean).flatten(1), (original - mean).flatten(1))
     return centred, functional.cosine_similarity(latents.flatten(1), original.flatten(1))
 
