@@ -16,7 +16,7 @@ loss serves better (the book has the figures).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from sklearn.linear_model import RidgeCV
@@ -58,6 +58,28 @@ class Correction:
         ridge.fit(cheap.numpy(), (original - cheap).numpy())
         weight = torch.from_numpy(ridge.coef_).float().T + torch.eye(cheap.shape[1])
         self.maps[route] = (weight, torch.from_numpy(ridge.intercept_).float())
+
+    def state(self) -> dict[str, Any]:
+        """Pairs, maps and generator, for a checkpoint; maps in the layout they have, on which rounding depends."""
+        state: dict[str, Any] = {"generator": self.generator.get_state()}
+        for route, pairs in self.pairs.items():
+            state[f"cheap.{route}"], state[f"original.{route}"] = (torch.cat(side) for side in zip(*pairs))
+        for route, (weight, offset) in self.maps.items():
+            transposed = not weight.is_contiguous()
+            state |= {f"weight.{route}": weight.T if transposed else weight, f"offset.{route}": offset,
+                      f"transposed.{route}": transposed}
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.generator.set_state(state["generator"])
+        for name in state:
+            kind, _, route = name.partition(".")
+            if kind == "cheap":
+                self.pairs[int(route)] = [(state[name], state[f"original.{route}"])]
+            if kind == "weight":
+                weight = state[name].T if state[f"transposed.{route}"] else state[name]
+                self.maps[int(route)] = (weight, state[f"offset.{route}"])
 
     def apply(self, route: int, latents: Tensor) -> Tensor:
         """The corrected latents, in the shape given; unchanged while no map is fitted."""
@@ -113,6 +135,13 @@ class FixedRoute:
     def observe(self, indices: Tensor, losses: Tensor) -> None:
         """Losses, shape (B,), of the images that were just trained on; a fixed route does not care."""
 
+    def state(self) -> dict[str, Any]:
+        """Nothing changes from epoch to epoch."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing was kept."""
+
     def describe(self) -> str:
         return self.name
 
@@ -167,6 +196,15 @@ class SharedRoute:
     def observe(self, indices: Tensor, losses: Tensor) -> None:
         """Remember the losses, shape (B,), of the images that were just trained on."""
         self.losses[indices] = losses
+
+    def state(self) -> dict[str, Any]:
+        """Losses, what was bought and generator, for a checkpoint."""
+        return {"losses": self.losses, "bought": self.bought, "generator": self.generator.get_state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.losses, self.bought = state["losses"], state["bought"]
+        self.generator.set_state(state["generator"])
 
     def describe(self) -> str:
         return f"subnet {self.route}, {100 * self.share:.0f} % original"
