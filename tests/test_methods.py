@@ -8,6 +8,7 @@ import torch
 from tiny import bare_setting, copied_state, random_backbone, random_images, same_tensors, tiny_study
 
 from piebridge import costs, subnets
+from piebridge.checkpoints import Checkpoint
 from piebridge.cloud import free_family
 from piebridge.config import METHODS
 from piebridge.methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, calibrate, choose_side
@@ -150,6 +151,42 @@ def test_windows_do_not_change_routed_training_at_a_deep_cut(settings):
         return plan.split.suffix.head.weight.detach()
 
     torch.testing.assert_close(trained(4), trained(64), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "backbone_name"),
+    [
+        ("piebridge", "adapter", "embedded"), ("piebridge_cached", "lora", "embedded"),
+        ("cached", "last_k", "embedded"),
+        ("resolution", "adapter", "embedded"), ("oracle", "adapter", "vit_tiny_patch16_224"),
+        ("full", "head", "mobilenet_v2"),
+    ],
+)
+def test_training_in_pieces_at_deep_cuts(method, kind, backbone_name, tmp_path, monkeypatch):
+    setting = setting_of(kind, backbone_name)
+    keep = Checkpoint.keep
+
+    def fitted(checkpoint):
+        plan = REGISTRY[method](setting)
+        outcome = fit(
+            plan, setting.images, LABELS, setting.study.training, 0.01, 0, lambda suffix: {}, checkpoint=checkpoint
+        )
+        return plan, outcome
+
+    def keep_and_die(checkpoint, state):
+        keep(checkpoint, state)
+        raise KeyboardInterrupt
+
+    plan, outcome = fitted(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "keep", keep_and_die)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                fitted(Checkpoint(tmp_path / "run.safetensors"))
+    again, continued = fitted(Checkpoint(tmp_path / "run.safetensors"))
+    assert same_tensors(copied_state(plan.split.suffix), copied_state(again.split.suffix))
+    assert (outcome.computed, outcome.suffix_macs) == (continued.computed, continued.suffix_macs)
+    assert outcome.history["loss"].tolist() == continued.history["loss"].tolist()
 
 
 # ---------------------------------------------------------------------------------- oracle and resolution
