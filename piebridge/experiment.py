@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pandas as pd
 import torch
@@ -81,8 +81,11 @@ def open_experiment(study: Study) -> Experiment:
 def _calibrated(setting: Setting, folder: Path) -> Setting:
     """The setting with its relative costs; what was measured is kept, so that all runs of a study share it."""
     study, path = setting.study, folder / "calibration.json"
-    chosen = study.routing.subnet, setting.family and [facts.sha256 for facts in setting.family.manifest.subnets]
-    asked = json.loads(json.dumps({**_surroundings(study), "methods": study.training.methods, "subnets": chosen}))
+    members = setting.family.manifest.subnets if setting.family else ()
+    asked = _surroundings(study) | {
+        "methods": list(study.training.methods),
+        "subnets": [[facts.sha256, facts.relative_latency] for facts in members],  # the latter decide which is taken
+    }
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["asked"] == asked:
@@ -96,7 +99,7 @@ def _calibrated(setting: Setting, folder: Path) -> Setting:
     return setting
 
 
-def _surroundings(study: Study) -> dict[str, str | int]:
+def _surroundings(study: Study) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
     on_gpu = torch.device(study.training.device).type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else records.processor_name()
@@ -193,8 +196,9 @@ def _run_one(
         return {"test_accuracy": _accuracy(experiment, plan, suffix, "test")}
 
     description = f"{method}, {'tuning ' + format(learning_rate, 'g') if hold_out else f'seed {seed}'}"
-    about = {name: getattr(setting, name) for name in MEASURED} | {"learning_rate": learning_rate}
-    checkpoint = Checkpoint(place / "checkpoint.safetensors", run=about | _surroundings(study))
+    about = {name: getattr(setting, name) for name in MEASURED} | _surroundings(study)
+    about |= {"learning_rate": learning_rate, "variant": plan.policy.describe()}
+    checkpoint = Checkpoint(place / "checkpoint.safetensors", run=about)
     outcome = fit(
         plan, images, task.labels[indices], study.training, learning_rate, seed, evaluate, study.data.memory_mib,
         experiment.folder, description, checkpoint,
