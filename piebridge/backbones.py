@@ -109,7 +109,7 @@ class Backbone:
 
     @property
     def resolution_step(self) -> int:
-        """Sides of other inputs are multiples of this, pixels: whole patches of a vision transformer."""
+        """Pixels that sides of other inputs must be multiples of, 16 where a vision transformer needs whole patches."""
         return 16 if hasattr(self.blocks, "embed") else 8
 
     def example(self, count: int = 1) -> Tensor:
