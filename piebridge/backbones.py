@@ -107,6 +107,11 @@ class Backbone:
         index = [child for child, _ in children].index(name)
         return nn.Sequential(OrderedDict(children[:index])), nn.Sequential(OrderedDict(children[index:]))
 
+    @property
+    def resolution_step(self) -> int:
+        """Pixels that sides of other inputs must be multiples of, 16 where a vision transformer needs whole patches."""
+        return 16 if hasattr(self.blocks, "embed") else 8
+
     def example(self, count: int = 1) -> Tensor:
         """Black uint8 images of the backbone's own size, shape (count, 3, resolution, resolution)."""
         return torch.zeros(count, 3, self.resolution, self.resolution, dtype=torch.uint8)

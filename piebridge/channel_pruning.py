@@ -13,6 +13,8 @@ or read them have let go of them. What is dropped is therefore read by nobody: t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -141,6 +143,19 @@ class ChannelPruning:
             share = self.config.lasso_share
             self.weight = (share / (1 - share) * loss / lasso.detach()).item()
         return self.weight * lasso
+
+    def state(self) -> dict[str, Any]:
+        """The lasso's weight and what was dropped, for a checkpoint."""
+        return {"weight": self.weight, "rebuilds": self.rebuilds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave: rebuild the network, still whole, as it was; its weights come later."""
+        self.weight = state["weight"]
+        side, device = self.network.input.resolution, next(self.network.parameters()).device
+        images = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
+        for channels in state["rebuilds"]:
+            drop_channels(self.network, channels, images)
+            self.rebuilds.append(channels)
 
     def before_epoch(self, epoch: int, optimizer: torch.optim.SGD, images: Tensor, labels: Tensor) -> None:
         """Every `interval` epochs, but not before the first (0): drop what is empty, from network and optimizer."""

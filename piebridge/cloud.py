@@ -126,7 +126,7 @@ def free_family(study: Study, backbone: Backbone) -> Family:
     """The free rival: the original's own weights at lower resolutions, nothing pruned, nothing aligned."""
     prefix, _ = backbone.cut(cut_of(backbone, study.pet))
     shares = (0.75, 0.625, 0.5, 0.375)
-    step = 16 if hasattr(backbone.blocks, "embed") else 8  # whole patches of a vision transformer
+    step = backbone.resolution_step
     specs = [SubnetSpec(resolution=max(16, round(share * backbone.resolution / step) * step)) for share in shares]
     cuts = [cut for spec in specs for cut in cut_set(prefix, spec, backbone.example(2))]
     family = make_family(backbone, cut_of(backbone, study.pet), prefix, cuts, {"alignment": "none"})

@@ -255,7 +255,8 @@ class PruneConfig(Section):
 
 
 METHODS = (
-    "full", "pet", "last_k", "cached", "fixed", "random", "piebridge", "piebridge_cached", "elastic", "prune"
+    "full", "pet", "last_k", "cached", "resolution", "fixed", "random", "oracle", "piebridge", "piebridge_cached",
+    "elastic", "prune",
 )
 
 

@@ -125,6 +125,13 @@ def energy_counter_j(powercap: Path = Path("/sys/class/powercap")) -> float | No
         return None
 
 
+def add_energy_j(spent: float | None, before: float | None) -> tuple[float | None, float | None]:
+    """(joules spent so far, counter now); None where the device does not tell or its counter wrapped around."""
+    now = energy_counter_j()
+    known = spent is not None and before is not None and now is not None and now >= before
+    return (spent + now - before if known else None), now
+
+
 def parameter_counts(module: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]

@@ -1,6 +1,7 @@
 """An experiment: all methods and seeds of a study, one after the other, each finished run kept at once.
 
-A run that was killed leaves nothing behind but the finished ones before it: the next call continues after them.
+A run that was killed leaves the finished ones before it and a checkpoint of its last finished epoch: the next call
+continues there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pandas as pd
 import torch
@@ -20,15 +21,18 @@ from torch import Tensor, nn
 from . import costs, records
 from .backbones import Backbone, WeightsError
 from .channel_pruning import drop_channels
+from .checkpoints import Checkpoint
 from .cloud import obtain_backbone, obtain_family, obtain_router
 from .config import PetConfig, Study, study_folder
 from .data import Task, load_task
 from .engines import prepare
-from .methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, Setting, calibrate
+from .methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, Setting, calibrate, choose_side
 from .pet import split, split_all
 from .records import Record
 from .subnets import latents_of
 from .training import Outcome, Plan, accuracy, fit
+
+MEASURED = ("relative_cost", "calibration_seconds", "side", "side_seconds")  # fields of a setting
 
 
 @dataclass
@@ -71,9 +75,36 @@ def open_experiment(study: Study) -> Experiment:
             router = obtain_router(study, backbone, family)
     indices = torch.cat([task.splits["train"], task.splits["validation"]])
     setting = Setting(study, backbone, task.images[indices], len(task.classes), study.seed, family, router)
+    return Experiment(study, task, backbone, _calibrated(setting, folder), folder)
+
+
+def _calibrated(setting: Setting, folder: Path) -> Setting:
+    """The setting with its relative costs; what was measured is kept, so that all runs of a study share it."""
+    study, path = setting.study, folder / "calibration.json"
+    members = setting.family.manifest.subnets if setting.family else ()
+    asked = _surroundings(study) | {
+        "methods": list(study.training.methods),
+        "subnets": [[facts.sha256, facts.relative_latency] for facts in members],  # the latter decide which is taken
+    }
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["asked"] == asked:
+            return replace(setting, **content["measured"])
     if SHARES_ROUTES & set(study.training.methods):
         setting = calibrate(setting)
-    return Experiment(study, task, backbone, setting, folder)
+    if "resolution" in study.training.methods:
+        setting = choose_side(setting)
+    measured = {name: getattr(setting, name) for name in MEASURED}
+    records.write_atomically(path, json.dumps({"asked": asked, "measured": measured}, indent=1))
+    return setting
+
+
+def _surroundings(study: Study) -> dict[str, Any]:
+    """What must be the same for a run to be continued."""
+    on_gpu = torch.device(study.training.device).type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else records.processor_name()
+    return {"code": records.code_fingerprint(), "device": device, "threads": torch.get_num_threads(),
+            "torch": torch.__version__}
 
 
 def run(experiment: Experiment) -> pd.DataFrame:
@@ -165,12 +196,16 @@ def _run_one(
         return {"test_accuracy": _accuracy(experiment, plan, suffix, "test")}
 
     description = f"{method}, {'tuning ' + format(learning_rate, 'g') if hold_out else f'seed {seed}'}"
+    about = {name: getattr(setting, name) for name in MEASURED} | _surroundings(study)
+    about |= {"learning_rate": learning_rate, "variant": plan.policy.describe()}
+    checkpoint = Checkpoint(place / "checkpoint.safetensors", run=about)
     outcome = fit(
         plan, images, task.labels[indices], study.training, learning_rate, seed, evaluate, study.data.memory_mib,
-        experiment.folder, description,
+        experiment.folder, description, checkpoint,
     )
     record = _record(experiment, method, seed, learning_rate, plan, outcome, len(images), provenance)
     _keep(experiment, plan, outcome, record, place)
+    checkpoint.remove()
     return record
 
 
@@ -195,7 +230,6 @@ def _record(
     provenance: dict,
 ) -> Record:
     study, training = experiment.study, experiment.study.training
-    on_gpu = torch.device(training.device).type == "cuda"
     trainable, in_suffix = costs.parameter_counts(plan.split.suffix)
     in_prefix = costs.parameter_counts(plan.split.prefix)[1]
     history, seconds = outcome.history, outcome.seconds
@@ -211,8 +245,7 @@ def _record(
         original_share=history["original_share"].mean(), trainable_params=trainable,
         total_params=in_prefix + in_suffix, train_gmacs=_training_gmacs(experiment, plan, outcome),
         peak_memory_mib=outcome.peak_memory_mib, energy_j=outcome.energy_j,
-        device=torch.cuda.get_device_name() if on_gpu else records.processor_name(),
-        threads=torch.get_num_threads(), **provenance,
+        device=_surroundings(study)["device"], threads=torch.get_num_threads(), **provenance,
     )
 
 

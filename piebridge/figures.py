@@ -22,10 +22,12 @@ from .records import speedups
 
 SAFE = sns.color_palette("colorblind").as_hex()  # told apart by colour-blind readers too
 METHODS = (
-    "pet", "full", "piebridge", "last_k", "random", "fixed", "cached", "piebridge_cached", "elastic", "prune"
+    "pet", "full", "piebridge", "last_k", "random", "fixed", "cached", "piebridge_cached", "elastic", "prune",
+    "resolution", "oracle",
 )
-COLOURS = dict(zip(METHODS, (SAFE[place] for place in (0, 7, 3, 5, 1, 4, 9, 2, 8, 6))))
-MARKERS = dict(zip(METHODS, "osDvP^Xd*p"))
+# the palette has ten colours; Tol's wine and black go with them
+COLOURS = dict(zip(METHODS, [*(SAFE[place] for place in (0, 7, 3, 5, 1, 4, 9, 2, 8, 6)), "#882255", "#000000"]))
+MARKERS = dict(zip(METHODS, "osDvP^Xd*ph<"))
 ITEMS = ("prefix", "suffix", "correction", "cache", "router", "engine", "data", "other")  # of training time
 PARTS = dict(zip(ITEMS, (SAFE[place] for place in (0, 1, 2, 9, 3, 4, 5, 7))))
 

@@ -8,7 +8,7 @@ which the suffix takes its steps.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -97,6 +97,23 @@ class LatentSource:
                 there[missing] = True
         with self.stopwatch("cache"):
             return self._stores[route][0][indices].to(self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Counts and caches, for a checkpoint; the caches themselves, not copied."""
+        state: dict[str, Any] = {"computed": {str(route): count for route, count in self.computed.items()}}
+        for route, (latents, there) in self._stores.items():
+            state |= {f"latents.{route}": latents, f"there.{route}": there}
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.computed = {int(route): count for route, count in state["computed"].items()}
+        for name, there in state.items():
+            kind, _, route = name.partition(".")
+            if kind == "there":
+                kept = state[f"latents.{route}"]
+                store, _ = self._new_store(kept)
+                self._stores[int(route)] = (store.copy_(kept), there)
 
     def _compute(self, route: int, indices: Tensor) -> Tensor:
         self.computed[route] += len(indices)

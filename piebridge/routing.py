@@ -16,7 +16,7 @@ loss serves better (the book has the figures).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from sklearn.linear_model import RidgeCV
@@ -59,6 +59,28 @@ class Correction:
         weight = torch.from_numpy(ridge.coef_).float().T + torch.eye(cheap.shape[1])
         self.maps[route] = (weight, torch.from_numpy(ridge.intercept_).float())
 
+    def state(self) -> dict[str, Any]:
+        """Pairs, maps and generator, for a checkpoint; maps in the layout they have, on which rounding depends."""
+        state: dict[str, Any] = {"generator": self.generator.get_state()}
+        for route, pairs in self.pairs.items():
+            state[f"cheap.{route}"], state[f"original.{route}"] = (torch.cat(side) for side in zip(*pairs))
+        for route, (weight, offset) in self.maps.items():
+            transposed = not weight.is_contiguous()
+            state |= {f"weight.{route}": weight.T if transposed else weight, f"offset.{route}": offset,
+                      f"transposed.{route}": transposed}
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.generator.set_state(state["generator"])
+        for name in state:
+            kind, _, route = name.partition(".")
+            if kind == "cheap":
+                self.pairs[int(route)] = [(state[name], state[f"original.{route}"])]
+            if kind == "weight":
+                weight = state[name].T if state[f"transposed.{route}"] else state[name]
+                self.maps[int(route)] = (weight, state[f"offset.{route}"])
+
     def apply(self, route: int, latents: Tensor) -> Tensor:
         """The corrected latents, in the shape given; unchanged while no map is fitted."""
         if route not in self.maps:
@@ -96,10 +118,12 @@ class FixedRoute:
     Args:
         route: the subnet.
         pairs: images paired in the first epoch; 0 for the original or without correction.
+        name: what `describe` says; default: the subnet.
     """
 
-    def __init__(self, route: int, pairs: int = 0) -> None:
+    def __init__(self, route: int, pairs: int = 0, name: str = "") -> None:
         self.route, self.pairs = route, pairs
+        self.name = name or ("original" if route == 0 else f"subnet {route}")
 
     def plan(self, epoch: int, order: Tensor) -> EpochPlan:
         """The routes of an epoch, given its shuffled order, int64 (N,)."""
@@ -111,8 +135,15 @@ class FixedRoute:
     def observe(self, indices: Tensor, losses: Tensor) -> None:
         """Losses, shape (B,), of the images that were just trained on; a fixed route does not care."""
 
+    def state(self) -> dict[str, Any]:
+        """Nothing changes from epoch to epoch."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing was kept."""
+
     def describe(self) -> str:
-        return "original" if self.route == 0 else f"subnet {self.route}"
+        return self.name
 
 
 class SharedRoute:
@@ -129,13 +160,14 @@ class SharedRoute:
         seed: of random draws and of ties.
         buy_epochs: 0: the share is chosen anew in every epoch. Else (with a cache, where an original latent is paid
             once): the share grows evenly over so many epochs and an image that got the original keeps it.
+        permanent: the difficulty alone decides, whatever the losses.
     """
 
     def __init__(
         self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, random: bool = False,
-        difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0,
+        difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0, permanent: bool = False,
     ) -> None:
-        self.count, self.route, self.share = count, route, share
+        self.count, self.route, self.share, self.permanent = count, route, share, permanent
         self.pairs, self.refit_pairs, self.random = min(pairs, count), refit_pairs, random
         self.buy_epochs = buy_epochs
         self.difficulty = torch.zeros(count) if difficulty is None else difficulty
@@ -165,6 +197,15 @@ class SharedRoute:
         """Remember the losses, shape (B,), of the images that were just trained on."""
         self.losses[indices] = losses
 
+    def state(self) -> dict[str, Any]:
+        """Losses, what was bought and generator, for a checkpoint."""
+        return {"losses": self.losses, "bought": self.bought, "generator": self.generator.get_state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.losses, self.bought = state["losses"], state["bought"]
+        self.generator.set_state(state["generator"])
+
     def describe(self) -> str:
         return f"subnet {self.route}, {100 * self.share:.0f} % original"
 
@@ -172,7 +213,7 @@ class SharedRoute:
         noise = torch.rand(self.count, generator=self.generator)
         if self.random:
             return noise
-        return ranks(self.losses) + self.difficulty + 1e-6 * noise
+        return (0 if self.permanent else ranks(self.losses)) + self.difficulty + 1e-6 * noise
 
 
 def ranks(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -242,6 +242,31 @@ class ElasticSelection:
     def __init__(self, network: nn.Module, config: ElasticConfig) -> None:
         self.network, self.config = network, config
         self.profile: Optional[BackwardProfile] = None
+
+    def state(self) -> dict[str, Any]:
+        """The profile and what is selected, for a checkpoint."""
+        if self.profile is None:
+            return {}
+        places = {parameter: place for place, parameter in enumerate(self.network.parameters())}
+        return {
+            "order": torch.tensor([places[tensor] for tensor in self.profile.tensors]),
+            "weight_seconds": torch.from_numpy(self.profile.weight_seconds),
+            "pass_seconds": torch.from_numpy(self.profile.pass_seconds),
+            "whole_seconds": [self.profile.forward_seconds, self.profile.backward_seconds],
+            "selected": [parameter.requires_grad for parameter in places],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave: with the same measured times, and training the same tensors."""
+        if not state:
+            return
+        parameters = list(self.network.parameters())
+        self.profile = BackwardProfile(
+            [parameters[place] for place in state["order"].tolist()], state["weight_seconds"].numpy(),
+            state["pass_seconds"].numpy(), *state["whole_seconds"],
+        )
+        for parameter, selected in zip(parameters, state["selected"]):
+            parameter.requires_grad_(selected)
 
     def before_epoch(self, epoch: int, optimizer: torch.optim.Optimizer, batch: Tensor, labels: Tensor) -> None:
         """Every `interval` epochs (the first is 0), with the epoch's first batch as the probe; profiles first of all.

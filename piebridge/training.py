@@ -15,14 +15,16 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from . import costs
+from .checkpoints import Checkpoint
 from .config import TrainingConfig
 from .engines import Runner
 from .latents import LatentSource
 from .pet import Split
+from .progress import Memory, Progress, part_of, restore, state_of
 from .routing import Correction, EpochPlan
 
 
-class Policy(Protocol):
+class Policy(Memory, Protocol):
     """Says each epoch which member an image gets: see `routing`."""
 
     route: int
@@ -51,6 +53,7 @@ class Plan:
         penalty: called in each step with the batch's mean loss, detached; what it returns is added to the loss.
         rebuilds: channels by layer that were dropped from the suffix, one entry a rebuilding, in order; needed to
             load what was trained.
+        memory: what the method itself remembers from epoch to epoch; its `restore` may rebuild the suffix.
     """
 
     split: Split
@@ -63,6 +66,7 @@ class Plan:
     before_epoch: Optional[Callable[[int, torch.optim.SGD, Tensor, Tensor], None]] = None
     penalty: Optional[Callable[[Tensor], Tensor]] = None
     rebuilds: list[dict[str, list[int]]] = field(default_factory=list)
+    memory: Optional[Memory] = None
 
 
 @dataclass
@@ -90,12 +94,16 @@ class Outcome:
 def fit(
     plan: Plan, images: Tensor, labels: Tensor, config: TrainingConfig, learning_rate: float, seed: int,
     evaluate: Callable[[nn.Module], dict[str, float]], memory_mib: int = 2048, scratch: Optional[Path] = None,
-    description: str = "training",
+    description: str = "training", checkpoint: Optional[Checkpoint] = None,
 ) -> Outcome:
     """Train the suffix of a plan; the prefix is never changed.
 
     Every image is used exactly once an epoch, the last batch may be smaller. SGD with momentum, learning rate on a
     cosine from its peak to zero.
+
+    With a checkpoint, training goes on after the last epoch that it holds, as if it had never been stopped: seconds,
+    joules and counts add up, and those that preparing the plan again took do not count. It is written outside the
+    training time.
 
     Args:
         plan: what the method does.
@@ -108,10 +116,14 @@ def fit(
             time; returns percentages by name.
         memory_mib, scratch: limit and place of a cache of latents.
         description: of the progress bar.
+        checkpoint: where the state after each epoch but the last is kept; None keeps nothing.
     """
     device, count = config.device, len(images)
     suffix = plan.split.suffix.to(device).to(memory_format=torch.channels_last)
     trained = [name for name, parameter in suffix.named_parameters() if parameter.requires_grad]
+    state = checkpoint.recall() if checkpoint is not None else None
+    if state is not None and plan.memory is not None:
+        plan.memory.restore(part_of(state, "method"))  # before the optimizer is given the parameters
     parameters = [suffix.get_parameter(name) for name in trained]
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=config.momentum, fused=True)
     stopwatch = costs.Stopwatch(device)
@@ -122,11 +134,19 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     labels_there = labels.to(device)
     steps = config.epochs * math.ceil(count / config.batch_size)
-    history, step, suffix_macs = [], 0, 0.0
+    memories = {"policy": plan.policy, "latents": source, "correction": correction}
+    run = Progress()
+    if state is not None:
+        run = restore(state, suffix, trained, optimizer, generator, memories)
+        stopwatch.seconds.update(run.seconds)
+        plan.seconds = run.prepared
+        del state
+    step = len(run.history) * math.ceil(count / config.batch_size)
     costs.reset_peak_memory(device)
     energy = costs.energy_counter_j()
-    bar = tqdm(total=config.epochs * count, desc=description, unit="image")
-    for epoch in range(config.epochs):
+    done = len(run.history)
+    bar = tqdm(total=config.epochs * count, initial=done * count, desc=description, unit="image")
+    for epoch in range(done, config.epochs):
         with stopwatch("train"):
             order = torch.randperm(count, generator=generator)
             epoch_plan = plan.policy.plan(epoch, order)
@@ -153,10 +173,10 @@ def fit(
                 bar.update(len(window))
         due = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
         with stopwatch("eval"):
-            suffix_macs += count * costs.training_macs(suffix, latents[:1])  # a suffix may change between epochs
+            run.suffix_macs += count * costs.training_macs(suffix, latents[:1])  # a suffix may change between epochs
             reached = evaluate(suffix) if due else {}
         seconds_so_far = stopwatch.seconds["train"] + sum(plan.seconds.values())
-        history.append(
+        run.history.append(
             {
                 "epoch": epoch + 1, "train_seconds": seconds_so_far, "loss": torch.cat(losses).mean().item(),
                 "original_share": (epoch_plan.routes == 0).float().mean().item(), **reached,
@@ -164,17 +184,22 @@ def fit(
         )
         if reached:
             bar.set_postfix({name: f"{value:.1f}" for name, value in reached.items()})
+        run.peak_memory_mib = max(run.peak_memory_mib, costs.peak_memory_mib(device))
+        if checkpoint is not None and epoch + 1 < config.epochs:
+            run.seconds, run.prepared = dict(stopwatch.seconds), plan.seconds
+            run.energy_j, energy = costs.add_energy_j(run.energy_j, energy)
+            checkpoint.keep(state_of(run, suffix, trained, optimizer, generator, memories | {"method": plan.memory}))
+            costs.reset_peak_memory(device)  # writing is no part of training
     bar.close()
     for name in trained:
         suffix.get_parameter(name).requires_grad_(True)  # also what `before_epoch` froze for a time was trained
-    spent = None if energy is None else costs.energy_counter_j() - energy
+    run.energy_j, _ = costs.add_energy_j(run.energy_j, energy)
     seconds = dict(stopwatch.seconds)
     for item, value in plan.seconds.items():
         seconds[item] = seconds.get(item, 0.0) + value
         seconds["train"] += value
     return Outcome(
-        pd.DataFrame(history), seconds, source.computed, suffix_macs, costs.peak_memory_mib(device),
-        spent if spent is not None and spent >= 0 else None,
+        pd.DataFrame(run.history), seconds, source.computed, run.suffix_macs, run.peak_memory_mib, run.energy_j
     )
 
 

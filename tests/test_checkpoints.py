@@ -75,6 +75,51 @@ def test_failed_writing_stops_the_run_and_keeps_the_older_file(tmp_path, monkeyp
     assert path.read_bytes() == before
 
 
+STATE = {
+    "weight": torch.arange(6.0).view(2, 3).T, "nothing": torch.empty(0), "there": torch.tensor([True, False]),
+    "seconds": {"train": 0.1 + 0.2}, "loss": float("nan"), "rebuilds": [{"stem": [1, 2]}], "weighed": None,
+}
+
+
+def test_kept_state_comes_back_for_the_same_run(tmp_path):
+    path = tmp_path / "sub" / "run.safetensors"
+    Checkpoint(path, run={"rate": 0.1}).keep(STATE)
+    recalled = Checkpoint(path, run={"rate": 0.1}).recall()
+    assert recalled.keys() == STATE.keys()
+    for name, value in STATE.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(recalled[name], value)
+        elif name != "loss":
+            assert recalled[name] == value
+    assert recalled["loss"] != recalled["loss"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.safetensors"]
+    assert Checkpoint(path, run={"rate": 0.2}).recall() is None
+    assert Checkpoint(tmp_path / "absent.safetensors").recall() is None
+    assert Checkpoint(None).recall() is None
+
+
+def test_damaged_state_is_named(tmp_path):
+    path = tmp_path / "run.safetensors"
+    Checkpoint(path).keep(STATE)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"run\.safetensors: cannot go on .* remove it"):
+        Checkpoint(path).recall()
+
+
+def test_state_that_cannot_be_written_stops_the_run_and_keeps_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    Checkpoint(path).keep(STATE)
+    before = path.read_bytes()
+
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match=r"run\.safetensors: .*No space left"):
+        Checkpoint(path).keep(STATE)
+    assert path.read_bytes() == before
+
+
 def test_removed_when_the_result_is_safe(tmp_path):
     path = tmp_path / "run.safetensors"
     saved(path)

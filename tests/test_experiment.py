@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny import ROOT, same_tensors, tiny_study
 
 from piebridge import experiment as module
-from piebridge import records
+from piebridge import records, tensor_selection
 from piebridge.backbones import WeightsError
+from piebridge.checkpoints import Checkpoint
 from piebridge.config import METHODS
 from piebridge.experiment import load_trained, open_experiment, run
 from piebridge.methods import REGISTRY
@@ -210,6 +212,111 @@ def test_killed_experiment_continues(tiny):
     assert set(pd.read_csv(experiment.folder / "history.csv")["method"]) == {"pet", "cached", "last_k"}
     for path in experiment.folder.glob("runs/*/record.json"):
         assert (path.parent / "trained.safetensors").is_file()
+
+
+class Killed(BaseException):
+    """Ends a run where a signal could have."""
+
+
+CHANGEFUL = (
+    "elastic.interval=2 prune.interval=1 prune.threshold=0.12 routing.refit_pairs=5 training.evaluate_every=2"
+)
+
+
+@pytest.fixture(scope="module")
+def whole_and_pieces(tiny):
+    """Every method twice, with much that changes from epoch to epoch: never stopped, and stopped after each epoch.
+
+    ElasticTrainer's measured times, which would differ, are replaced by the tensors' sizes.
+    """
+    keep, profiled, kills = Checkpoint.keep, [], 0
+
+    def profile(network, batch, labels, iterations):
+        tensors = list(network.parameters())[::-1]
+        sizes = np.array([float(tensor.numel()) for tensor in tensors])
+        profiled.append(network)
+        return tensor_selection.BackwardProfile(tensors, sizes, 2 * sizes, sizes.sum(), 3 * sizes.sum())
+
+    def keep_and_die(checkpoint, state):
+        keep(checkpoint, state)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_selection, "profile_backward", profile)
+        whole = open_experiment(tiny_study(f"name=whole {CHANGEFUL}"))
+        run(whole)
+        patch.setattr(Checkpoint, "keep", keep_and_die)
+        pieces = open_experiment(tiny_study(f"name=pieces {CHANGEFUL}"))
+        while kills <= 2 * len(METHODS):
+            try:
+                run(pieces)
+                break
+            except Killed:
+                kills += 1
+                (checkpoint,) = pieces.folder.glob("runs/*/checkpoint.safetensors")
+                assert not (checkpoint.parent / "record.json").exists()
+    assert kills == 2 * len(METHODS)
+    assert len(profiled) == 2  # once a run, not once a piece
+    return whole.folder / "runs", pieces.folder / "runs"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_run_in_pieces_is_the_whole_run(whole_and_pieces, method):
+    one, other = (folder / f"{method}-seed0" for folder in whole_and_pieces)
+    assert sorted(path.name for path in other.iterdir()) == ["history.csv", "record.json", "trained.safetensors"]
+    assert same_tensors(load_file(one / "trained.safetensors"), load_file(other / "trained.safetensors"))
+    records_of = [json.loads((folder / "record.json").read_text())["record"] for folder in (one, other)]
+    alike = [name for name in records_of[0] if not name.endswith("_seconds")]
+    for name in set(alike) - {"study", "started_at", "peak_memory_mib", "energy_j"}:
+        assert records_of[0][name] == records_of[1][name], name
+    for name in ("prefix", "suffix", "correction", "cache", "engine", "router"):
+        assert (records_of[0][f"{name}_seconds"] > 0) == (records_of[1][f"{name}_seconds"] > 0), name
+    histories = [pd.read_csv(folder / "history.csv") for folder in (one, other)]
+    assert histories[1]["train_seconds"].is_monotonic_increasing
+    assert histories[1]["train_seconds"].iloc[-1] == pytest.approx(records_of[1]["train_seconds"])
+    pd.testing.assert_frame_equal(*(history.drop(columns="train_seconds") for history in histories), check_exact=True)
+
+
+def test_channels_were_dropped_before_a_kill(whole_and_pieces):
+    rebuilds = []
+    for folder in whole_and_pieces:
+        with safe_open(folder / "prune-seed0" / "trained.safetensors", "pt") as file:
+            rebuilds.append(json.loads(file.metadata()["rebuilds"]))
+    assert rebuilds[0] == rebuilds[1]
+    assert rebuilds[0]
+
+
+def test_checkpoint_of_another_run_is_not_gone_on_from(tiny, monkeypatch):
+    experiment = open_experiment(small("seed=8", "[pet]"))
+    rates = iter([{"pet": 0.5}, {"pet": 0.01}])
+    monkeypatch.setattr(module, "learning_rates", lambda experiment: next(rates))
+    keep = Checkpoint.keep
+
+    def keep_and_die(checkpoint, state):
+        keep(checkpoint, state)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Checkpoint, "keep", keep_and_die)
+        run(experiment)
+    one = run(experiment)
+    place = experiment.folder / "runs" / "pet-seed0"
+    trained = load_file(place / "trained.safetensors")
+    (place / "record.json").unlink()
+    monkeypatch.setattr(module, "learning_rates", lambda experiment: {"pet": 0.01})
+    assert run(experiment)["test_accuracy"].tolist() == one["test_accuracy"].tolist()
+    assert same_tensors(load_file(place / "trained.safetensors"), trained)
+
+
+def test_what_was_measured_is_kept_for_the_study(tiny, monkeypatch):
+    study = tiny_study("name=measured training.methods='[resolution, random]' routing.costs=measured routing.cost=0.95")
+    setting = open_experiment(study).setting
+    assert setting.side_seconds > 0
+    assert setting.calibration_seconds > 0
+    monkeypatch.setattr(module, "calibrate", None)
+    monkeypatch.setattr(module, "choose_side", None)
+    again = open_experiment(study).setting
+    assert all(getattr(again, name) == getattr(setting, name) for name in module.MEASURED)
 
 
 def test_tuning_takes_the_rate_that_validates_best(tiny, monkeypatch):

@@ -7,12 +7,14 @@ import pytest
 import torch
 from tiny import bare_setting, copied_state, random_backbone, random_images, same_tensors, tiny_study
 
-from piebridge import costs
+from piebridge import costs, subnets
+from piebridge.checkpoints import Checkpoint
 from piebridge.cloud import free_family
 from piebridge.config import METHODS
-from piebridge.methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, calibrate
+from piebridge.methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, calibrate, choose_side
+from piebridge.methods.oracle import true_similarity
 from piebridge.methods.setting import cheap_route, most_faithful
-from piebridge.subnets import Family
+from piebridge.subnets import Family, latents_of
 from piebridge.training import fit
 
 LABELS = torch.arange(13) % 3
@@ -81,7 +83,7 @@ def test_images_run_through_members(settings, method):
         assert computed == {0: 39}
     elif method == "cached":
         assert computed == {0: 13}
-    elif method == "fixed":
+    elif method in ("fixed", "resolution"):
         assert computed == {0: 4, plan.policy.route: 39}
     elif method == "piebridge_cached":
         assert computed[4] == 13
@@ -149,6 +151,122 @@ def test_windows_do_not_change_routed_training_at_a_deep_cut(settings):
         return plan.split.suffix.head.weight.detach()
 
     torch.testing.assert_close(trained(4), trained(64), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "backbone_name"),
+    [
+        ("piebridge", "adapter", "embedded"), ("piebridge_cached", "lora", "embedded"),
+        ("cached", "last_k", "embedded"),
+        ("resolution", "adapter", "embedded"), ("oracle", "adapter", "vit_tiny_patch16_224"),
+        ("full", "head", "mobilenet_v2"),
+    ],
+)
+def test_training_in_pieces_at_deep_cuts(method, kind, backbone_name, tmp_path, monkeypatch):
+    setting = setting_of(kind, backbone_name)
+    keep = Checkpoint.keep
+
+    def fitted(checkpoint):
+        plan = REGISTRY[method](setting)
+        outcome = fit(
+            plan, setting.images, LABELS, setting.study.training, 0.01, 0, lambda suffix: {}, checkpoint=checkpoint
+        )
+        return plan, outcome
+
+    def keep_and_die(checkpoint, state):
+        keep(checkpoint, state)
+        raise KeyboardInterrupt
+
+    plan, outcome = fitted(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "keep", keep_and_die)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                fitted(Checkpoint(tmp_path / "run.safetensors"))
+    again, continued = fitted(Checkpoint(tmp_path / "run.safetensors"))
+    assert same_tensors(copied_state(plan.split.suffix), copied_state(again.split.suffix))
+    assert (outcome.computed, outcome.suffix_macs) == (continued.computed, continued.suffix_macs)
+    assert outcome.history["loss"].tolist() == continued.history["loss"].tolist()
+
+
+# ---------------------------------------------------------------------------------- oracle and resolution
+
+
+@pytest.mark.parametrize("kind", ["head", "adapter"])
+def test_true_similarity_is_the_fidelity_of_each_image(settings, kind):
+    setting = settings[kind]
+    original, cheap = (latents_of(setting.family.networks[index], setting.images) for index in (0, 4))
+    expected, _ = subnets.fidelity(cheap, original)
+    torch.testing.assert_close(true_similarity(setting), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_oracle_gives_the_original_to_the_least_similar_in_every_epoch(settings):
+    study = settings["head"].study
+    routing = study.routing.model_copy(update={"cost": 0.6})
+    setting = dataclasses.replace(settings["head"], study=study.model_copy(update={"routing": routing}))
+    policy = REGISTRY["oracle"](setting).policy
+    assert policy.share == REGISTRY["random"](setting).policy.share
+    order, wanted = torch.randperm(13), round(policy.share * 13)
+    policy.plan(0, order)
+    worst = set(true_similarity(setting).argsort()[:wanted].tolist())
+    for epoch in (1, 2):
+        policy.observe(order, torch.rand(13))
+        routes = policy.plan(epoch, order).routes
+        assert set(torch.nonzero(routes == 0).flatten().tolist()) == worst
+    assert 0 < wanted < 13
+
+
+def test_oracles_privilege_is_not_counted(tiny):
+    plan = REGISTRY["oracle"](tiny.setting)
+    assert set(plan.seconds) == {"engine"}
+
+
+def side_of(backbone_name, overrides):
+    return choose_side(bare_setting(random_backbone(backbone_name), f"routing.pairs=2 {overrides}")).side
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.5, 0.7, 1.0])
+def test_side_is_the_largest_that_the_budget_pays_for(budget):
+    setting = bare_setting(random_backbone("embedded"), f"routing.cost={budget} routing.pairs=2")
+    prefix, example = setting.split().prefix, setting.backbone.example()
+
+    def cost(side):
+        images = torch.nn.functional.interpolate(example, (side, side))
+        return costs.macs(prefix[1:], images.float()) / costs.macs(prefix, example)
+
+    side = choose_side(setting).side
+    assert side == max(side for side in (8, 16, 24) if cost(side) + 2 / (3 * 13) <= budget)
+
+
+def test_sides_of_a_transformer_are_whole_patches():
+    assert side_of("vit_tiny_patch16_224", "routing.cost=1") == 16
+
+
+def test_side_by_the_clock():
+    assert side_of("embedded", "routing.costs=measured routing.cost=1") in (8, 16, 24)
+
+
+def test_budget_too_small_for_any_side():
+    with pytest.raises(ValueError, match=r"routing\.cost: 0\.02 does not pay for an input of 8 px"):
+        side_of("embedded", "routing.cost=0.02")
+
+
+def test_pairs_are_paid_from_the_budget_of_resolution():
+    assert side_of("embedded", "routing.cost=0.65") == 24
+    assert side_of("embedded", "routing.cost=0.65 routing.pairs=13") == 16
+    assert side_of("embedded", "routing.cost=0.65 routing.pairs=13 routing.correction=false") == 24
+
+
+def test_resolution_is_the_original_on_smaller_images(settings):
+    setting = dataclasses.replace(settings["head"], family=None, side=16)
+    plan = REGISTRY["resolution"](setting)
+    prefix = setting.split().prefix
+    smaller = torch.nn.functional.interpolate(setting.images, (16, 16), mode="bilinear", antialias=True)
+    expected = prefix[1:]((smaller.float() - prefix.input.mean) * prefix.input.scale)
+    torch.testing.assert_close(plan.runners[1](setting.images), expected, rtol=1e-3, atol=1e-3)
+    assert plan.policy.describe() == "16 px"
+    assert prefix.input.resolution == 32
+    assert plan.corrected
 
 
 # -------------------------------------------------------------------------------------------- settings

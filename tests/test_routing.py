@@ -195,6 +195,14 @@ def test_difficulty_adds_to_the_loss():
     assert originals(policy.plan(1, order)) == {3}
 
 
+def test_permanent_difficulty_decides_alone():
+    difficulty = torch.tensor([0.0, 0.2, 0.1, 0.3])
+    policy, order = SharedRoute(4, 1, share=0.5, pairs=0, difficulty=difficulty, permanent=True), torch.arange(4)
+    for epoch in (1, 2):
+        policy.observe(order, torch.tensor([9.0, 1.0, 8.0, 0.0]))
+        assert originals(policy.plan(epoch, order)) == {1, 3}
+
+
 def test_random_share_is_random_and_follows_the_seed():
     def drawn(seed):
         policy, order = SharedRoute(50, route=1, share=0.2, pairs=5, random=True, seed=seed), torch.arange(50)

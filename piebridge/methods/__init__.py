@@ -5,23 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..training import Plan
-from . import cached, elastic, fixed, full, last_k, pet, piebridge, piebridge_cached, prune, random
-from .setting import Setting, calibrate
+from . import (
+    cached,
+    elastic,
+    fixed,
+    full,
+    last_k,
+    oracle,
+    pet,
+    piebridge,
+    piebridge_cached,
+    prune,
+    random,
+    resolution,
+)
+from .setting import Setting, calibrate, choose_side
 
 REGISTRY: dict[str, Callable[[Setting], Plan]] = {
     "full": full.plan,
     "pet": pet.plan,
     "last_k": last_k.plan,
     "cached": cached.plan,
+    "resolution": resolution.plan,
     "fixed": fixed.plan,
     "random": random.plan,
+    "oracle": oracle.plan,
     "piebridge": piebridge.plan,
     "piebridge_cached": piebridge_cached.plan,
     "elastic": elastic.plan,
     "prune": prune.plan,
 }
 
-SHARES_ROUTES = {"random", "piebridge", "piebridge_cached"}  # part subnet, part original: needs their costs
+SHARES_ROUTES = {"random", "oracle", "piebridge", "piebridge_cached"}  # part subnet, part original: needs their costs
 NEEDS_FAMILY = SHARES_ROUTES | {"fixed"}
 
-__all__ = ["NEEDS_FAMILY", "REGISTRY", "SHARES_ROUTES", "Setting", "calibrate"]
+__all__ = ["NEEDS_FAMILY", "REGISTRY", "SHARES_ROUTES", "Setting", "calibrate", "choose_side"]

@@ -14,4 +14,6 @@ from .setting import Setting
 def plan(setting: Setting) -> Plan:
     parts = split_all(setting.backbone, setting.classes, setting.seed)
     selection = ElasticSelection(parts.suffix, setting.study.elastic)
-    return Plan(parts, {}, {0: parts.prefix}, FixedRoute(0), before_epoch=selection.before_epoch)
+    return Plan(
+        parts, {}, {0: parts.prefix}, FixedRoute(0), before_epoch=selection.before_epoch, memory=selection
+    )

@@ -16,5 +16,5 @@ def plan(setting: Setting) -> Plan:
     pruning = ChannelPruning(parts.suffix, setting.study.prune)
     return Plan(
         parts, {}, {0: parts.prefix}, FixedRoute(0), before_epoch=pruning.before_epoch, penalty=pruning.penalty,
-        rebuilds=pruning.rebuilds,
+        rebuilds=pruning.rebuilds, memory=pruning,
     )

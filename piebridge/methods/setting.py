@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import statistics
 import time
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import costs
 from ..backbones import Backbone
-from ..config import Study
+from ..config import Study, SubnetSpec
+from ..cutting import cut_subnet
 from ..engines import Runner, prepare
 from ..pet import Split, split
 from ..router import Router
@@ -38,6 +40,8 @@ class Setting:
         router: of the family; None if the study gives difficulty no weight.
         relative_cost: of the cheap subnet, see `calibrate`; the same for all methods of an experiment.
         calibration_seconds: what measuring it took; counted by every method that uses it.
+        side: of the input that the budget pays for, pixels, see `choose_side`; None: not chosen yet.
+        side_seconds: what choosing it took, counted likewise.
     """
 
     study: Study
@@ -49,6 +53,8 @@ class Setting:
     router: Optional[Router] = None
     relative_cost: float = 1.0
     calibration_seconds: float = 0.0
+    side: Optional[int] = None
+    side_seconds: float = 0.0
 
     def split(self) -> Split:
         """The network, cut as the study's PET kind asks."""
@@ -73,11 +79,19 @@ def frozen_plan(setting: Setting, cached: bool) -> Plan:
     return Plan(parts, networks, runners, FixedRoute(0), cached=cached, seconds={"engine": seconds})
 
 
-def shared_plan(setting: Setting, random: bool = False, cached: bool = False) -> Plan:
+def shared_plan(
+    setting: Setting, random: bool = False, cached: bool = False, difficulty: Optional[Tensor] = None
+) -> Plan:
     """A cheap subnet, and the original for the share of images that the budget leaves.
 
     Preparing the engines, timing original and subnet on this device (which the budget needs) and the router's pass
     over all images are counted.
+
+    Args:
+        setting: what methods are given.
+        random: draw the images that get the original.
+        cached: keep every latent.
+        difficulty: shape (N,): known already, and all that decides; default: the loss, and the router's difficulty.
     """
     study, routing = setting.study, setting.study.routing
     parts, seconds = setting.split(), {}
@@ -85,8 +99,8 @@ def shared_plan(setting: Setting, random: bool = False, cached: bool = False) ->
     networks = {0: parts.prefix, route: setting.family.networks[route]}
     runners, engine_seconds = setting.runners(networks)
     seconds["engine"] = engine_seconds + setting.calibration_seconds
-    difficulty, router_cost = None, 0.0
-    if routing.difficulty and not random:
+    permanent, router_cost = difficulty is not None, 0.0
+    if routing.difficulty and not random and not permanent:
         start = time.perf_counter()
         read = [setting.router.difficulty(batch) for batch in setting.images.split(ROUTER_BATCH)]
         difficulty = routing.difficulty * ranks(torch.cat(read))
@@ -104,7 +118,7 @@ def shared_plan(setting: Setting, random: bool = False, cached: bool = False) ->
         )
     policy = SharedRoute(
         count, route, share, pairs, routing.refit_pairs, random, difficulty, setting.seed,
-        buy_epochs=max(1, epochs // 3) if cached else 0,
+        buy_epochs=max(1, epochs // 3) if cached else 0, permanent=permanent,
     )
     return Plan(parts, networks, runners, policy, cached, routing.correction, seconds)
 
@@ -139,15 +153,58 @@ def calibrate(setting: Setting) -> Setting:
     route = cheap_route(setting)
     if study.routing.costs == "macs":
         return dataclasses.replace(setting, relative_cost=setting.family.relative_macs[route])
-    runners, _ = setting.runners({index: setting.family.networks[index] for index in (0, route)})
-    images = setting.images[: study.training.prefix_batch].to(study.training.device)
+    relative = _timed_cost(setting, setting.family.networks[0], setting.family.networks[route])
+    return dataclasses.replace(setting, relative_cost=relative, calibration_seconds=time.perf_counter() - start)
+
+
+def choose_side(setting: Setting) -> Setting:
+    """The setting with the largest input, smaller than the backbone's own, whose latents the budget pays for.
+
+    Sides are multiples of 8 px, of 16 for transformers. The cost is measured on this device or in MACs, as the study
+    says; the pairs of the correction are paid from the budget too, as in the routed methods.
+
+    Raises:
+        ValueError: the budget does not even pay for the smallest.
+    """
+    study, start = setting.study, time.perf_counter()
+    routing, backbone, count = study.routing, setting.backbone, len(setting.images)
+    prefix = setting.split().prefix.to(study.training.device)
+    example = backbone.example().to(study.training.device)
+
+    def relative_cost(side: int) -> float:
+        network = lower_prefix(setting, prefix, side)
+        if routing.costs == "macs":
+            return costs.macs(network, example) / costs.macs(prefix, example)
+        return _timed_cost(setting, prefix, network)
+
+    sides = range(backbone.resolution_step, backbone.resolution, backbone.resolution_step)
+    paired = min(routing.pairs, count) / (study.training.epochs * count) if routing.correction else 0.0
+    affordable = bisect.bisect_right(sides, routing.cost - paired, key=relative_cost)
+    if not affordable:
+        raise ValueError(
+            f"routing.cost: {routing.cost} does not pay for an input of {backbone.resolution_step} px and the pairs; "
+            "raise it, or choose fewer routing.pairs"
+        )
+    return dataclasses.replace(
+        setting, side=sides[affordable - 1], side_seconds=time.perf_counter() - start
+    )
+
+
+def lower_prefix(setting: Setting, prefix: nn.Sequential, side: int) -> nn.Module:
+    """The prefix with its own weights on images of another side, pixels; latents of the original's shape."""
+    example = setting.backbone.example().to(next(prefix.buffers()).device)
+    return cut_subnet(prefix, SubnetSpec(resolution=side), example)[0].requires_grad_(False)
+
+
+def _timed_cost(setting: Setting, original: nn.Module, cheap: nn.Module) -> float:
+    """Seconds of a cheap network's pass relative to the original's, at most 1; both timed in turn, the median of 5."""
+    runners, _ = setting.runners({0: original, 1: cheap})
+    images = setting.images[: setting.study.training.prefix_batch].to(setting.study.training.device)
     for runner in runners.values():
         runner(images)  # warm up
-    rounds = [[_seconds(runners[index], images) for index in (0, route)] for _ in range(5)]
-    original, cheap = (statistics.median(seconds) for seconds in zip(*rounds))
-    return dataclasses.replace(
-        setting, relative_cost=min(1.0, cheap / original), calibration_seconds=time.perf_counter() - start
-    )
+    rounds = [[_seconds(runner, images) for runner in runners.values()] for _ in range(5)]
+    whole, part = (statistics.median(seconds) for seconds in zip(*rounds))
+    return min(1.0, part / whole)
 
 
 def _seconds(runner: Runner, images: Tensor) -> float:
