@@ -287,7 +287,7 @@ def test_channels_were_dropped_before_a_kill(whole_and_pieces):
 
 
 def test_checkpoint_of_another_run_is_not_gone_on_from(tiny, monkeypatch):
-    experiment = open_experiment(small("seed=8", "[pet]"))
+    experiment = open_experiment(small("seed=81", "[pet]"))
     rates = iter([{"pet": 0.5}, {"pet": 0.01}])
     monkeypatch.setattr(module, "learning_rates", lambda experiment: next(rates))
     keep = Checkpoint.keep

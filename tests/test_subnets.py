@@ -99,13 +99,12 @@ def test_taylor_keeps_the_channels_that_matter(ratios):
         prefix.layer2_0.conv2.weight[:, idle] = 0
         prefix.layer2_0.conv1.weight[idle] *= 10
     config = CloudConfig(importance="taylor", ratios=ratios)
-    subnet, _ = cut_subnet(prefix, SubnetSpec(widths={"layer2": 0.5}), random_images(8), config)
+    subnet, _ = cut_subnet(prefix, SubnetSpec(widths={"layer2": 0.5}), random_images(32), config)
     kept = [i for i, row in enumerate(prefix.layer2_0.bn1.running_mean.tolist())
             if row in subnet.layer2_0.bn1.running_mean.tolist()]
-    if ratios == "uniform":
-        assert kept == list(range(1, 128, 2))
-    else:
-        assert len(set(kept) & set(idle.tolist())) < len(kept) / 2
+    assert len(kept) > 30
+    # a channel whose ReLU never opens on these images matters as little: a few may stand in for one another
+    assert len(set(kept) & set(idle.tolist())) <= 0.1 * len(kept)  # half by chance
 
 
 def test_channel_counts_are_multiples_of_what_the_processor_likes():

@@ -30,7 +30,7 @@ class Records(SphinxDirective):
         path = Path(self.env.srcdir) / "records" / self.arguments[0]
         self.env.note_dependency(str(path))
         table = pd.read_csv(path).fillna({"without": "", "shared": ""})
-        if "width" in table:
+        if "without" in table:
             table["subnet"], table["cut"] = table.apply(_subnet, axis=1), table.apply(_cut, axis=1)
         if "where" in self.options:
             table = table.query(self.options["where"])
