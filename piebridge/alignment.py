@@ -4,7 +4,8 @@ All members are trained together against one pass of the original. Source of the
 space alignment (PieBridge, SenSys 2024, appendix A.1); losses, schedule and engineering are this project's.
 
 On a GPU a step of nine small networks is thousands of short kernels, and launching them one by one would take longer
-than running them. So a step is recorded once as a CUDA graph and replayed, each member in a stream of its own.
+than running them. So a step is recorded as a CUDA graph, after some plain ones, and replayed, each member in a stream
+of its own; where recording fails, kernels go on being launched one by one.
 Several GPUs (torchrun) share each batch; what they exchange in a step is one mean of one flat tensor of gradients.
 """
 

@@ -54,8 +54,8 @@ def _eager(network: nn.Module, example: Tensor) -> Runner:
 class _PackedConvolution(nn.Module):
     """A convolution, and the ReLU behind it, as one call of oneDNN on weights that are laid out for it once.
 
-    PyTorch lays the weights out anew in every call, which in small networks takes longer than the convolution. The
-    operator is the one that torch.compile uses for frozen networks on CPUs.
+    PyTorch lays the weights out anew in every call, a cost that does not shrink with the image. The operator is the one
+    that torch.compile uses for frozen networks on CPUs; it is not a public interface of PyTorch.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: str, bounds: tuple[float, ...]) -> None:
