@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 
 class StudyError(ValueError):
@@ -258,12 +258,22 @@ METHODS = (
     "full", "pet", "last_k", "cached", "resolution", "fixed", "random", "oracle", "piebridge", "piebridge_cached",
     "elastic", "prune",
 )
+KEEP_LATENTS = ("cached", "piebridge_cached")  # exact only where an image looks the same in every epoch
 
 
 class TrainingConfig(Section):
     """The device side: one loop for every method."""
 
-    methods: tuple[Literal[METHODS], ...] = Field(METHODS, min_length=1, description="Methods to run, in this order.")
+    regime: Literal["plain", "augmented"] = Field(
+        "plain", description="What training sees of an image: the same centre square in every epoch, or each time "
+        "another random crop of it, mirrored or not."
+    )
+    crop_area: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="augmented: share of an image that a random crop shows at least."
+    )
+    methods: tuple[Literal[METHODS], ...] = Field(
+        METHODS, min_length=1, description="Methods to run, in this order; default: all that the regime allows."
+    )
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="One run a method and seed.")
     epochs: PositiveInt = Field(12, description="Passes over the training images.")
     batch_size: PositiveInt = Field(4, description="Images a step of the suffix.")
@@ -286,6 +296,24 @@ class TrainingConfig(Section):
         "eager", description="What runs a frozen prefix: PyTorch, on a CPU with batch norms folded and convolutions "
         "packed once; or ONNX Runtime, on the CPU."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_methods(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("regime") == "augmented":
+            return {"methods": [method for method in METHODS if method not in KEEP_LATENTS]} | values
+        return values
+
+    @field_validator("methods")
+    @classmethod
+    def _exact_in_the_regime(cls, methods: tuple[str, ...], others: ValidationInfo) -> tuple[str, ...]:
+        inexact = [method for method in methods if method in KEEP_LATENTS]
+        if inexact and others.data.get("regime") == "augmented":
+            raise ValueError(
+                f"{inexact[0]} keeps latents, but in the augmented regime an image looks different in every epoch: "
+                f"leave {' and '.join(inexact)} out, or set training.regime to plain"
+            )
+        return methods
 
     @field_validator("learning_rate")
     @classmethod

@@ -1,10 +1,13 @@
-"""Random crops of many images at once, on the images' device: the augmentation of alignment."""
+"""Random crops: of many images at once on their device for alignment, image by image on the CPU for training."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+LOG_ASPECT = 0.2877  # of 4/3: aspect ratios of crops go from 3/4 to 4/3
 
 
 def random_crops(
@@ -31,7 +34,7 @@ def random_crops(
     def uniform(low: float, high: float) -> Tensor:
         return (torch.rand(count, generator=generator, device=device) * (high - low) + low)[kept]
 
-    area, ratio = uniform(smallest_area, 1.0), torch.exp(uniform(-0.2877, 0.2877))
+    area, ratio = uniform(smallest_area, 1.0), torch.exp(uniform(-LOG_ASPECT, LOG_ASPECT))
     width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(width)
@@ -61,3 +64,51 @@ def _rectangles(left: Tensor, top: Tensor, side: Tensor, resolution: int) -> Ten
         return (place >= start) & (place < start + side.unsqueeze(1))
 
     return between(top).unsqueeze(2) & between(left).unsqueeze(1)
+
+
+class RandomViews:
+    """Training images of which each epoch sees other crops, mirrored half of the time; indexed like their tensor.
+
+    How an image looks in an epoch follows from the seed, the epoch and the image alone, not from order, batch or route:
+    every network and every method sees the same, and a run that was killed needs no state to go on.
+
+    Args:
+        images: uint8, shape (M, 3, S, S), channels-last, on the CPU.
+        chosen: int64, shape (N,): which of them are trained on.
+        resolution: side of the views, pixels.
+        smallest_area: share of the image that a crop shows at least.
+        seed: of the run.
+    """
+
+    def __init__(self, images: Tensor, chosen: Tensor, resolution: int, smallest_area: float, seed: int) -> None:
+        self.images, self.chosen, self.resolution = images, chosen, resolution
+        self.smallest_area, self.seed = smallest_area, seed
+        self.start(0)
+
+    def start(self, epoch: int) -> None:
+        """From now on show the views of an epoch, counted from 0."""
+        draws = np.random.default_rng([self.seed, epoch + 1]).random((len(self.images), 5)).T
+        side = self.images.shape[-1]
+        area = self.smallest_area + (1 - self.smallest_area) * draws[0]
+        widest = np.minimum(LOG_ASPECT, -np.log(area))  # wider than this, so much area does not fit into the square
+        aspect = np.exp(widest * (2 * draws[1] - 1))
+        width, height = (np.minimum(side, np.ceil(side * np.sqrt(shape))) for shape in (area * aspect, area / aspect))
+        left, top = (np.floor(draw * (side - size + 1)) for draw, size in ((draws[2], width), (draws[3], height)))
+        self.boxes = np.stack([left, top, left + width, top + height], axis=1).astype(int).tolist()
+        self.mirrored = torch.from_numpy(draws[4] < 0.5)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Views of so many of the chosen images, int64 (B,): uint8, shape (B, 3, resolution, resolution)."""
+        size = (self.resolution, self.resolution)
+        views = torch.empty((len(indices), 3, *size), dtype=torch.uint8, memory_format=torch.channels_last)
+        images = self.chosen[indices]
+        for place, image in enumerate(images.tolist()):  # a crop at a time: uint8 resizing outruns batched float's
+            left, top, right, bottom = self.boxes[image]
+            box = self.images[image : image + 1, :, top:bottom, left:right]
+            views[place] = functional.interpolate(box, size, mode="bilinear", antialias=True)[0]
+        mirrored = self.mirrored[images]
+        views[mirrored] = views[mirrored].flip(3)
+        return views

@@ -41,12 +41,15 @@ class Task:
         images: uint8, shape (N, 3, R, R), RGB, in channels-last memory order.
         labels: int64, shape (N,).
         splits: `train`, `validation` and `test`: int64 indices into the images, disjoint.
+        larger: uint8, shape (T, 3, S, S): the training and validation images at the same indices, which are the first,
+            with S a quarter larger than R, so that crops stay sharp; None in the plain regime.
     """
 
     classes: tuple[str, ...]
     images: Tensor
     labels: Tensor
     splits: dict[str, Tensor]
+    larger: Optional[Tensor] = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def load_task(study: Study, scratch: Optional[Path] = None) -> Task:
     """Find, split and decode the target task of a study.
 
     Args:
-        study: its `data` section says what; images are resized to `backbone.resolution`.
+        study: its `data` section says what; images are resized to `backbone.resolution`, and in the augmented regime
+            those of training and validation decoded larger besides.
         scratch: folder for the memory-mapped file, used when the images exceed `data.memory_mib`.
 
     Raises:
@@ -82,15 +86,22 @@ def load_task(study: Study, scratch: Optional[Path] = None) -> Task:
     config = study.data
     sources, labels, classes, chosen = find_task(study)
     order = np.concatenate([chosen[name] for name in SPLITS])
-    images, good = decode(
-        [sources[i] for i in order], study.backbone.resolution, config.memory_mib, scratch,
-        skip_corrupt=config.on_corrupt == "skip",
-    )
+    ordered, skip_corrupt = [sources[i] for i in order], config.on_corrupt == "skip"
+    images, good = decode(ordered, study.backbone.resolution, config.memory_mib, scratch, skip_corrupt)
     ends = np.cumsum([len(chosen[name]) for name in SPLITS])
+    larger = None
+    if study.training.regime == "augmented":
+        side = side_for_crops(study.backbone.resolution)
+        larger, _ = decode(ordered[: ends[1]], side, config.memory_mib, scratch, skip_corrupt, "decoding for crops")
     bounds = zip(SPLITS, (0, *ends[:-1]), ends)
     position = torch.arange(len(order))
     indices = {name: position[start:end][torch.from_numpy(good[start:end])] for name, start, end in bounds}
-    return Task(tuple(classes), images, torch.tensor([labels[i] for i in order]), indices)
+    return Task(tuple(classes), images, torch.tensor([labels[i] for i in order]), indices, larger)
+
+
+def side_for_crops(resolution: int) -> int:
+    """Side that images are decoded at if crops of them are to be seen at `resolution`, pixels."""
+    return round(1.25 * resolution)
 
 
 def find_task(study: Study) -> tuple[list[Source], list[int], list[str], dict[str, np.ndarray]]:
@@ -345,7 +356,7 @@ def load_cloud(study: Study) -> CloudImages:
             torch.from_numpy(characters.difficulty[config.images :]),
         )
     train, held_out = _cloud_sources(study)
-    decoded, _ = decode(train, round(1.25 * side), CLOUD_MEMORY_MIB, progress="decoding cloud images")
+    decoded, _ = decode(train, side_for_crops(side), CLOUD_MEMORY_MIB, progress="decoding cloud images")
     return CloudImages(decoded, decode(held_out, side, CLOUD_MEMORY_MIB)[0])
 
 

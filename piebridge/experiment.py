@@ -24,6 +24,7 @@ from .channel_pruning import drop_channels
 from .checkpoints import Checkpoint
 from .cloud import obtain_backbone, obtain_family, obtain_router
 from .config import PetConfig, Study, study_folder
+from .crops import RandomViews
 from .data import Task, load_task
 from .engines import prepare
 from .methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, Setting, calibrate, choose_side
@@ -182,12 +183,15 @@ def _run_one(
     splits = ("train",) if hold_out else ("train", "validation")
     indices = torch.cat([task.splits[name] for name in splits])
     images = task.images[indices] if hold_out else experiment.setting.images
+    seen = images
+    if task.larger is not None:
+        seen = RandomViews(task.larger, indices, study.backbone.resolution, study.training.crop_area, seed)
     (place / "record.json").unlink(missing_ok=True)
     place.mkdir(parents=True, exist_ok=True)
     setting = replace(experiment.setting, images=images, seed=seed)
     torch.manual_seed(seed)
     plan = REGISTRY[method](setting)
-    if hold_out and plan.networks:
+    if hold_out and plan.networks and study.training.regime == "plain":
         plan.cached = True  # nobody times a tuning run, and kept latents are the same ones, computed once
 
     def evaluate(suffix: nn.Module) -> dict[str, float]:
@@ -200,7 +204,7 @@ def _run_one(
     about |= {"learning_rate": learning_rate, "variant": plan.policy.describe()}
     checkpoint = Checkpoint(place / "checkpoint.safetensors", run=about)
     outcome = fit(
-        plan, images, task.labels[indices], study.training, learning_rate, seed, evaluate, study.data.memory_mib,
+        plan, seen, task.labels[indices], study.training, learning_rate, seed, evaluate, study.data.memory_mib,
         experiment.folder, description, checkpoint,
     )
     record = _record(experiment, method, seed, learning_rate, plan, outcome, len(images), provenance)
@@ -236,7 +240,7 @@ def _record(
     tests = history.get("test_accuracy", pd.Series([float("nan")]))
     return Record(
         study=study.name, dataset=study.data.name, backbone=study.backbone.name, resolution=study.backbone.resolution,
-        method=method, variant=plan.policy.describe(), seed=seed, epochs=training.epochs,
+        regime=training.regime, method=method, variant=plan.policy.describe(), seed=seed, epochs=training.epochs,
         batch_size=training.batch_size, learning_rate=learning_rate, train_images=count,
         test_images=len(experiment.task.splits["test"]), test_accuracy=tests.iloc[-1], best_test_accuracy=tests.max(),
         val_accuracy=history["val_accuracy"].iloc[-1] if "val_accuracy" in history else None,

@@ -8,13 +8,14 @@ which the suffix takes its steps.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .costs import Stopwatch
+from .crops import RandomViews
 from .data import allocate
 from .engines import Runner
 from .routing import Correction
@@ -24,7 +25,7 @@ class LatentSource:
     """Computes, remembers and corrects latents.
 
     Args:
-        images: uint8, shape (N, 3, H, W): the training images, on the CPU.
+        images: uint8, shape (N, 3, H, W): the training images, on the CPU; or views of them, which are not cached.
         runners: what runs each member of the family that routes point to, by its index; 0 is the original.
         batch_size: images a pass, about: a group is divided evenly.
         device: where latents are wanted.
@@ -35,8 +36,8 @@ class LatentSource:
     """
 
     def __init__(
-        self, images: Tensor, runners: dict[int, Runner], batch_size: int, device: str, stopwatch: Stopwatch,
-        cached: bool = False, correction: Optional[Correction] = None, memory_mib: int = 2048,
+        self, images: Union[Tensor, RandomViews], runners: dict[int, Runner], batch_size: int, device: str,
+        stopwatch: Stopwatch, cached: bool = False, correction: Optional[Correction] = None, memory_mib: int = 2048,
         scratch: Optional[Path] = None,
     ) -> None:
         self.images, self.runners, self.batch_size, self.device = images, runners, batch_size, device

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional, Protocol
+from typing import Optional, Protocol, Union
 
 import pandas as pd
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from . import costs
 from .checkpoints import Checkpoint
 from .config import TrainingConfig
+from .crops import RandomViews
 from .engines import Runner
 from .latents import LatentSource
 from .pet import Split
@@ -92,9 +93,9 @@ class Outcome:
 
 
 def fit(
-    plan: Plan, images: Tensor, labels: Tensor, config: TrainingConfig, learning_rate: float, seed: int,
-    evaluate: Callable[[nn.Module], dict[str, float]], memory_mib: int = 2048, scratch: Optional[Path] = None,
-    description: str = "training", checkpoint: Optional[Checkpoint] = None,
+    plan: Plan, images: Union[Tensor, RandomViews], labels: Tensor, config: TrainingConfig, learning_rate: float,
+    seed: int, evaluate: Callable[[nn.Module], dict[str, float]], memory_mib: int = 2048,
+    scratch: Optional[Path] = None, description: str = "training", checkpoint: Optional[Checkpoint] = None,
 ) -> Outcome:
     """Train the suffix of a plan; the prefix is never changed.
 
@@ -107,7 +108,7 @@ def fit(
 
     Args:
         plan: what the method does.
-        images: uint8, shape (N, 3, H, W), on the CPU.
+        images: uint8, shape (N, 3, H, W), on the CPU; or views of N images, other ones in each epoch.
         labels: int64, shape (N,).
         config: epochs, batch_size, momentum, window, prefix_batch, device.
         learning_rate: peak.
@@ -148,6 +149,9 @@ def fit(
     bar = tqdm(total=config.epochs * count, initial=done * count, desc=description, unit="image")
     for epoch in range(done, config.epochs):
         with stopwatch("train"):
+            if isinstance(images, RandomViews):
+                with stopwatch("data"):
+                    images.start(epoch)
             order = torch.randperm(count, generator=generator)
             epoch_plan = plan.policy.plan(epoch, order)
             losses, paired = [], 0

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ROOT, tiny_study
 
-from piebridge.config import METHODS, Study, StudyError, build_folder, load_study, notebook_study, study_folder
+from piebridge.config import (
+    KEEP_LATENTS,
+    METHODS,
+    Study,
+    StudyError,
+    build_folder,
+    load_study,
+    notebook_study,
+    study_folder,
+)
 from piebridge.methods import REGISTRY
 
 
@@ -46,6 +55,8 @@ def test_empty_study_has_the_defaults_and_its_files_name(tmp_path):
         ("training: {methods: [pet, magic]}", "training.methods.1"),
         ("training: {methods: []}", "training.methods"),
         ("training: {learning_rate: {magic: 0.1}}", "magic"),
+        ("training: {regime: other}", "training.regime"),
+        ("training: {crop_area: 0}", "training.crop_area"),
         ("training: {learning_rate: {pet: -1}}", "training.learning_rate.pet"),
         ("training: 3", "training"),
         ("backbone: {resolution: 32}\ncloud: {subnets: [{resolution: 64}]}", "64"),
@@ -59,6 +70,20 @@ def test_what_is_wrong_is_named(tmp_path, text, named):
         load(tmp_path, text)
     assert named in str(error.value)
     assert "mine.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("method", KEEP_LATENTS)
+def test_no_latents_are_kept_in_the_augmented_regime(method):
+    with pytest.raises(StudyError, match=rf"training\.methods: .*{method} keeps latents.*leave {method} out"):
+        tiny_study(f"training.regime=augmented training.methods='[pet, {method}]'")
+
+
+def test_default_methods_are_those_that_the_regime_allows():
+    assert tiny_study().training.methods == METHODS
+    augmented = tiny_study("training.regime=augmented")
+    assert set(augmented.training.methods) == set(METHODS) - {"cached", "piebridge_cached"}
+    assert tiny_study("training.regime=augmented training.methods='[fixed, pet]'").training.methods == ("fixed", "pet")
+    assert Study.model_validate_json(augmented.model_dump_json()) == augmented
 
 
 def test_unknown_key_is_answered_with_the_known_ones(tmp_path):

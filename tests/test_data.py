@@ -58,6 +58,21 @@ def test_splits_are_disjoint_and_follow_the_seed():
     assert not torch.equal(one.images, other.images)
 
 
+def test_training_images_are_larger_where_crops_are_taken(tmp_path):
+    """A photo that cannot be decoded keeps its place in both sets, so that an index means the same image in both."""
+    root = class_folders(tmp_path, {"a": 6, "b": 6})
+    (root / "a" / "image_0003.png").write_bytes(b"no image")
+    options = "data.on_corrupt=skip backbone.resolution=20 data.test_share=0.3"
+    plain, augmented = (task_of(root, overrides=f"{options} training.regime={name}") for name in ("plain", "augmented"))
+    assert plain.larger is None
+    assert torch.equal(plain.images[plain.splits["test"]], augmented.images[augmented.splits["test"]])
+    training = torch.cat([augmented.splits["train"], augmented.splits["validation"]])
+    assert augmented.larger.shape[1:] == (3, 25, 25)
+    assert training.max() < len(augmented.larger) == len(augmented.images) - sum(
+        split == "test" for split in augmented.splits for _ in augmented.splits[split])
+    assert torch.equal(augmented.larger[training, :, 7, 7], augmented.images[training, :, 7, 7])  # of one colour each
+
+
 def test_no_image_is_in_two_splits(tmp_path):
     task = task_of(class_folders(tmp_path, {"a": 12, "b": 12}))
     seen = [(int(task.images[i, 0, 8, 8]), int(task.labels[i])) for name in data.SPLITS for i in task.splits[name]]

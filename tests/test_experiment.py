@@ -19,7 +19,7 @@ from piebridge import experiment as module
 from piebridge import records, tensor_selection
 from piebridge.backbones import WeightsError
 from piebridge.checkpoints import Checkpoint
-from piebridge.config import METHODS
+from piebridge.config import KEEP_LATENTS, METHODS
 from piebridge.experiment import load_trained, open_experiment, run
 from piebridge.methods import REGISTRY
 
@@ -223,13 +223,17 @@ CHANGEFUL = (
 )
 
 
-@pytest.fixture(scope="module")
-def whole_and_pieces(tiny):
-    """Every method twice, with much that changes from epoch to epoch: never stopped, and stopped after each epoch.
+@pytest.fixture(scope="module", params=["plain", "augmented"])
+def whole_and_pieces(tiny, request):
+    """All methods of a regime, much changing from epoch to epoch, twice: never stopped, and stopped after each epoch.
 
     ElasticTrainer's measured times, which would differ, are replaced by the tensors' sizes.
     """
     keep, profiled, kills = Checkpoint.keep, [], 0
+    studies = [
+        tiny_study(f"name={name} training.regime={request.param} {CHANGEFUL}") for name in ("whole", "pieces")
+    ]
+    expected = 2 * len(studies[0].training.methods)
 
     def profile(network, batch, labels, iterations):
         tensors = list(network.parameters())[::-1]
@@ -243,11 +247,11 @@ def whole_and_pieces(tiny):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensor_selection, "profile_backward", profile)
-        whole = open_experiment(tiny_study(f"name=whole {CHANGEFUL}"))
+        whole = open_experiment(studies[0])
         run(whole)
         patch.setattr(Checkpoint, "keep", keep_and_die)
-        pieces = open_experiment(tiny_study(f"name=pieces {CHANGEFUL}"))
-        while kills <= 2 * len(METHODS):
+        pieces = open_experiment(studies[1])
+        while kills <= expected:
             try:
                 run(pieces)
                 break
@@ -255,7 +259,7 @@ def whole_and_pieces(tiny):
                 kills += 1
                 (checkpoint,) = pieces.folder.glob("runs/*/checkpoint.safetensors")
                 assert not (checkpoint.parent / "record.json").exists()
-    assert kills == 2 * len(METHODS)
+    assert kills == expected
     assert len(profiled) == 2  # once a run, not once a piece
     return whole.folder / "runs", pieces.folder / "runs"
 
@@ -263,6 +267,8 @@ def whole_and_pieces(tiny):
 @pytest.mark.parametrize("method", METHODS)
 def test_run_in_pieces_is_the_whole_run(whole_and_pieces, method):
     one, other = (folder / f"{method}-seed0" for folder in whole_and_pieces)
+    if method in KEEP_LATENTS and not one.exists():
+        pytest.skip("not in the augmented regime")
     assert sorted(path.name for path in other.iterdir()) == ["history.csv", "record.json", "trained.safetensors"]
     assert same_tensors(load_file(one / "trained.safetensors"), load_file(other / "trained.safetensors"))
     records_of = [json.loads((folder / "record.json").read_text())["record"] for folder in (one, other)]
@@ -333,6 +339,49 @@ def test_tuning_takes_the_rate_that_validates_best(tiny, monkeypatch):
         assert record["train_images"] == 70
         assert record["val_accuracy"] is not None
         assert not record["test_accuracy"] >= 0  # never measured while tuning
+
+
+@pytest.mark.parametrize(("regime", "cached"), [("plain", True), ("augmented", False)])
+def test_tuning_keeps_latents_only_where_that_is_exact(tiny, monkeypatch, regime, cached):
+    plans, fit = [], module.fit
+
+    def watched(plan, *arguments, **options):
+        plans.append(plan)
+        return fit(plan, *arguments, **options)
+
+    monkeypatch.setattr(module, "fit", watched)
+    rates = "training.learning_rate={} training.learning_rates='[0.01, 0.02]'"
+    module.learning_rates(open_experiment(small(f"seed=9 training.regime={regime} {rates}", "[pet]")))
+    assert [plan.cached for plan in plans] == [cached, cached]
+
+
+@pytest.fixture(scope="module")
+def augmented(tiny):
+    """Some methods of the tiny study in the augmented regime."""
+    experiment = open_experiment(small("training.regime=augmented", "[full, pet, random, oracle]"))
+    return experiment, run(experiment)
+
+
+def test_augmented_training_is_tested_on_plain_images(tiny, augmented):
+    experiment, table = augmented
+    assert set(table["regime"]) == {"augmented"}
+    assert torch.equal(experiment.task.images, tiny.task.images)
+    assert torch.equal(experiment.setting.images, tiny.setting.images)
+    indices = tiny.task.splits["test"]
+    for method, reached in table.set_index("method")["test_accuracy"].items():
+        network, _, _ = load_trained(experiment.folder / "runs" / f"{method}-seed0" / "trained.safetensors")
+        with torch.inference_mode():
+            right = network(tiny.task.images[indices]).argmax(1) == tiny.task.labels[indices]
+        assert reached == pytest.approx(100 * right.float().mean().item(), abs=0.01)
+
+
+def test_augmented_training_is_another_one(finished, augmented):
+    for method in augmented[1]["method"]:
+        places = [each.folder / "runs" / f"{method}-seed0" for each in (finished[0], augmented[0])]
+        assert not same_tensors(*(load_file(place / "trained.safetensors") for place in places))
+    plain, cropped = (each[1].set_index("method").loc["random"] for each in (finished, augmented))
+    assert plain["train_gmacs"] == cropped["train_gmacs"]  # networks get images of the same size
+    assert plain["regime"] == "plain"
 
 
 def test_tuning_is_kept_and_continued(tiny, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from piebridge.costs import Stopwatch
+from piebridge.crops import RandomViews
 from piebridge.latents import LatentSource
 from piebridge.routing import Correction
 
@@ -88,6 +89,19 @@ def test_pairs_are_the_same_images_latents():
     torch.testing.assert_close(cheap, 3 * original)
     assert source.computed == {0: 4, 2: 2}
     assert "correction" in stopwatch.seconds
+
+
+def test_pairs_are_the_same_views_latents():
+    views, correction, stopwatch = RandomViews(IMAGES, torch.arange(23), 3, 0.3, 0), Correction(0), Stopwatch()
+    source = LatentSource(views, {0: Recorder(1.0), 2: Recorder(3.0)}, 4, "cpu", stopwatch, correction=correction)
+    for epoch in range(3):
+        views.start(epoch)
+        source.window(torch.arange(23), torch.zeros(23, dtype=torch.int64), torch.arange(5, 9), 2)
+    pairs = [(cheap.clone(), original.clone()) for cheap, original in correction.pairs[2]]
+    for cheap, original in pairs:
+        torch.testing.assert_close(cheap, 3 * original)
+    assert not torch.equal(pairs[0][1], pairs[1][1])
+    assert stopwatch.seconds["data"] > 0
 
 
 def test_only_subnets_are_corrected():

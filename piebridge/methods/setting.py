@@ -33,7 +33,7 @@ class Setting:
     Attributes:
         study: parameters.
         backbone: pretrained and frozen.
-        images: uint8, shape (N, 3, H, W): the training images, on the CPU.
+        images: uint8, shape (N, 3, H, W): the training images, on the CPU, as they are tested: never cropped at random.
         classes: how many.
         seed: of this run.
         family: subnets of the backbone's prefix; None if no method of the study needs them.
