@@ -215,15 +215,19 @@ class RoutingConfig(Section):
     subnet: Annotated[int, Field(ge=0)] = Field(
         0, description="The cheap subnet's index in the family; 0: the most faithful one for 60 % of the budget."
     )
+    choice: Literal["drawn", "highest"] = Field(
+        "drawn", description="Who gets the original: images drawn with odds in proportion to their last loss, or those "
+        "of the highest."
+    )
     difficulty: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Weight of the router's difficulty beside the loss in an image's priority; 0: loss alone."
+        0.0, description="Weight of the router's difficulty beside the loss in who gets the original; 0: loss alone."
     )
     correction: bool = Field(True, description="Correct the subnet's latents towards the original's by a ridge map.")
     pairs: Annotated[int, Field(ge=2)] = Field(
         100, description="Images put through both networks in the first epoch to fit the correction."
     )
     refit_pairs: Annotated[int, Field(ge=0)] = Field(
-        0, description="New pairs gathered in every later epoch to refit the correction."
+        0, description="New pairs gathered, at most, in every later epoch to refit the correction."
     )
 
 

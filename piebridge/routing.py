@@ -4,9 +4,10 @@ Algorithm (importance routing). Let c be the cheap subnet's relative cost and C 
 
 1. First epoch: the first P images of the shuffled order go through the original and the subnet; a ridge map from the
    subnet's latents to the original's is fitted on these pairs. All others get the subnet, corrected by the map.
-2. Every later epoch: the share q of the images with the highest priority goes to the original, the rest to the
-   subnet. An image's priority is the rank of its last loss, plus `difficulty` times the rank of the difficulty that
-   the router read off it. Both ways are open in every epoch: an image whose loss falls becomes cheap again.
+2. Every later epoch: a share q of the images goes to the original, the rest to the subnet. Which ones is drawn, with
+   odds in proportion to an image's last loss (or, as an alternative, those of the highest loss are taken); what the
+   router reads off an image, its difficulty, can weigh in. Both ways are open in every epoch: an image whose loss
+   falls becomes cheap again. Some of the originals' images go through the subnet as well, and the map is refitted.
 3. q is what the budget leaves after the subnet's passes, the pairs and the router.
 
 The artifact compared a batch's loss with its moving average and only ever made routes cheaper; each image's own last
@@ -16,13 +17,14 @@ loss serves better (the book has the figures).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor
 
-SHRINKAGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, relative to the mean variance of the latents
+Choice = Literal["drawn", "highest", "random"]
+SHRINKAGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, relative to the first pairs' summed variance
 POSITIONS = 16  # of a map or token sequence, drawn for each pair when a correction is fitted
 
 
@@ -30,13 +32,15 @@ class Correction:
     """Ridge maps from subnets' latents to the original's, shrunk towards the identity.
 
     A map acts on the channels: on vectors (B, C), on each position of maps (B, C, H, W), on each token (B, N, C).
-    Its strength is chosen by generalised cross-validation over the pairs (scikit-learn's RidgeCV).
+    Its strength is chosen by generalised cross-validation over the first pairs (scikit-learn's RidgeCV) and kept: what
+    the pairs must overrule does not grow with their number.
     """
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.maps: dict[int, tuple[Tensor, Tensor]] = {}
+        self.strengths: dict[int, float] = {}
 
     def add(self, route: int, cheap: Tensor, original: Tensor) -> None:
         """Keep pairs of latents, shape (B, ...), of the same images."""
@@ -52,10 +56,13 @@ class Correction:
         cheap, original = (torch.cat(side) for side in zip(*self.pairs.get(route, [(torch.empty(0), torch.empty(0))])))
         if len(cheap) < 2:
             return
-        # RidgeCV scales with the number of samples; regressing the difference shrinks the map to the identity
-        strengths = [share * len(cheap) * cheap.var(0).mean().item() for share in SHRINKAGES]
-        ridge = RidgeCV(alphas=[max(strength, 1e-12) for strength in strengths])
-        ridge.fit(cheap.numpy(), (original - cheap).numpy())
+        # regressing the difference shrinks the map to the identity
+        inputs, difference = cheap.numpy(), (original - cheap).numpy()
+        if route not in self.strengths:
+            scale = max(len(cheap) * cheap.var(0).mean().item(), 1e-12)
+            chosen = RidgeCV(alphas=[share * scale for share in SHRINKAGES]).fit(inputs, difference)
+            self.strengths[route] = float(chosen.alpha_)
+        ridge = Ridge(self.strengths[route], solver="cholesky").fit(inputs, difference)
         weight = torch.from_numpy(ridge.coef_).float().T + torch.eye(cheap.shape[1])
         self.maps[route] = (weight, torch.from_numpy(ridge.intercept_).float())
 
@@ -67,7 +74,7 @@ class Correction:
         for route, (weight, offset) in self.maps.items():
             transposed = not weight.is_contiguous()
             state |= {f"weight.{route}": weight.T if transposed else weight, f"offset.{route}": offset,
-                      f"transposed.{route}": transposed}
+                      f"transposed.{route}": transposed, f"strength.{route}": self.strengths[route]}
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -80,6 +87,7 @@ class Correction:
             if kind == "weight":
                 weight = state[name].T if state[f"transposed.{route}"] else state[name]
                 self.maps[int(route)] = (weight, state[f"offset.{route}"])
+                self.strengths[int(route)] = state[f"strength.{route}"]
 
     def apply(self, route: int, latents: Tensor) -> Tensor:
         """The corrected latents, in the shape given; unchanged while no map is fitted."""
@@ -154,21 +162,22 @@ class SharedRoute:
         route: the cheap subnet.
         share: q, of the images that get the original in each epoch after the first.
         pairs: P, images paired in the first epoch.
-        refit_pairs: images of the original's share paired in every later epoch.
-        random: draw the share at random instead of by priority.
-        difficulty: shape (N,), of the router, already weighted; None without a router.
+        refit_pairs: at most so many images of the original's share are paired in every later epoch.
+        choice: of the share: `drawn` with odds in proportion to the last loss, those of the `highest`, or at `random`.
+        difficulty: shape (N,), of the router, already weighted: added to the rank of the loss (`highest`) or to the
+            logarithm of the odds (`drawn`); None without a router.
         seed: of random draws and of ties.
         buy_epochs: 0: the share is chosen anew in every epoch. Else (with a cache, where an original latent is paid
             once): the share grows evenly over so many epochs and an image that got the original keeps it.
-        permanent: the difficulty alone decides, whatever the losses.
+        permanent: the highest difficulty alone decides, whatever the losses.
     """
 
     def __init__(
-        self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, random: bool = False,
+        self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, choice: Choice = "drawn",
         difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0, permanent: bool = False,
     ) -> None:
         self.count, self.route, self.share, self.permanent = count, route, share, permanent
-        self.pairs, self.refit_pairs, self.random = min(pairs, count), refit_pairs, random
+        self.pairs, self.refit_pairs, self.choice = min(pairs, count), refit_pairs, choice
         self.buy_epochs = buy_epochs
         self.difficulty = torch.zeros(count) if difficulty is None else difficulty
         self.losses = torch.full((count,), torch.nan)
@@ -190,8 +199,9 @@ class SharedRoute:
             priority[self.bought] = torch.inf
         chosen = priority.topk(min(wanted, self.count)).indices
         routes[chosen] = 0
+        fresh = chosen[~self.bought[chosen]] if self.buy_epochs else chosen  # kept latents need not be paired again
         self.bought[chosen] = True
-        return EpochPlan(routes, chosen[torch.randperm(len(chosen), generator=self.generator)][: self.refit_pairs])
+        return EpochPlan(routes, fresh[torch.randperm(len(fresh), generator=self.generator)][: self.refit_pairs])
 
     def observe(self, indices: Tensor, losses: Tensor) -> None:
         """Remember the losses, shape (B,), of the images that were just trained on."""
@@ -211,9 +221,15 @@ class SharedRoute:
 
     def _priority(self) -> Tensor:
         noise = torch.rand(self.count, generator=self.generator)
-        if self.random:
+        if self.permanent:
+            return self.difficulty + 1e-6 * noise
+        if self.choice == "random":
             return noise
-        return (0 if self.permanent else ranks(self.losses)) + self.difficulty + 1e-6 * noise
+        if self.choice == "highest":
+            return ranks(self.losses) + self.difficulty + 1e-6 * noise
+        # the largest of log odds + Gumbel noise are a draw without replacement
+        odds = self.losses.nan_to_num(nan=torch.inf).clamp(1e-6, 1e6).log() + self.difficulty
+        return odds - (-noise.clamp(min=1e-9).log()).log()
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -236,18 +252,17 @@ def original_share(
         count: training images.
         epochs: of training.
         pairs: images paired in the first epoch, each costing the original and the subnet.
-        refit: images of the original's share paired in every later epoch.
+        refit: at most so many images of the original's share are paired in every later epoch.
 
     Raises:
         ValueError: the budget does not even pay for the subnet.
     """
-    paired = min(pairs, count)
-    first = count * cheap + paired + router * count
-    left = budget * epochs * count - first - (epochs - 1) * (count + refit) * cheap
+    first = count * cheap + min(pairs, count) + router * count
+    left = budget * epochs * count - first - (epochs - 1) * count * cheap
     if left < 0:
         raise ValueError(_too_small("routing.cost", budget, budget - left / (epochs * count)))
-    dearer = max(1, epochs - 1) * count * (1 - cheap)
-    return min(1.0, left / dearer) if dearer else 1.0
+    each = left / max(1, epochs - 1)  # of a later epoch: an original saves a subnet's pass, unless it is a pair
+    return min(1.0, (each if each <= refit else (each - refit * cheap) / max(1 - cheap, 1e-9)) / count)
 
 
 def cached_share(budget: float, cheap: float, router: float, count: int, pairs: int) -> float:

@@ -62,6 +62,22 @@ def test_correction_is_the_ridge_that_leaves_out_best(seed):
     np.testing.assert_allclose(correction.apply(1, fresh).numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_more_pairs_keep_the_first_strength():
+    cheap, original = pairs_of(80)
+    correction = Correction(0)
+    correction.add(1, cheap[:20], original[:20])
+    correction.fit(1)
+    strength = correction.strengths[1]
+    correction.add(1, cheap[20:], original[20:])
+    correction.fit(1)
+    weight, offset = ridge(cheap.double().numpy(), (original - cheap).double().numpy(), strength)
+    expected = cheap.numpy() @ (weight + np.eye(4)) + offset
+    np.testing.assert_allclose(correction.apply(1, cheap).numpy(), expected, rtol=1e-3, atol=1e-4)
+    again = Correction(1)
+    again.restore(correction.state())
+    assert again.strengths == correction.strengths
+
+
 def test_correction_of_exact_latents_is_the_identity():
     cheap, _ = pairs_of()
     correction = Correction(0)
@@ -174,7 +190,7 @@ def test_fixed_route():
 
 
 def test_images_become_dearer_and_cheaper_again():
-    policy, order = SharedRoute(10, route=1, share=0.3, pairs=2), torch.arange(10)
+    policy, order = SharedRoute(10, route=1, share=0.3, pairs=2, choice="highest"), torch.arange(10)
     assert originals(policy.plan(0, order)) == {0, 1}
     for hard in ({4, 5, 6}, {0, 1, 9}, {4, 5, 6}):
         policy.observe(order, torch.tensor([1.0 + 0.01 * i if i in hard else 0.1 for i in range(10)]))
@@ -190,9 +206,41 @@ def test_images_never_seen_come_first():
 
 def test_difficulty_adds_to_the_loss():
     difficulty = torch.tensor([0.0, 0.0, 0.0, 5.0])
-    policy, order = SharedRoute(4, route=1, share=0.25, pairs=0, difficulty=difficulty), torch.arange(4)
+    order = torch.arange(4)
+    policy = SharedRoute(4, route=1, share=0.25, pairs=0, choice="highest", difficulty=difficulty)
     policy.observe(order, torch.tensor([1.0, 2.0, 3.0, 0.0]))
     assert originals(policy.plan(1, order)) == {3}
+
+
+def drawn_counts(losses, draws=4000, **arguments):
+    policy, order = SharedRoute(len(losses), route=1, pairs=0, choice="drawn", **arguments), torch.arange(len(losses))
+    counts = torch.zeros(len(losses))
+    for _ in range(draws):
+        policy.observe(order, torch.tensor(losses))
+        counts += policy.plan(1, order).routes == 0
+    return counts / draws
+
+
+def test_one_is_drawn_in_proportion_to_its_loss():
+    torch.testing.assert_close(
+        drawn_counts([1.0, 2.0, 5.0, 0.0], share=0.25), torch.tensor([1.0, 2.0, 5.0, 0.0]) / 8, atol=0.03, rtol=0
+    )
+
+
+def test_two_are_drawn_without_replacement():
+    odds, expected = [0.1, 0.2, 0.7], torch.zeros(3)
+    for first in range(3):  # all orders of drawing two of three
+        for second in set(range(3)) - {first}:
+            chance = odds[first] * odds[second] / (1 - odds[first])
+            expected[first] += chance
+            expected[second] += chance
+    torch.testing.assert_close(drawn_counts(odds, share=2 / 3), expected, atol=0.03, rtol=0)
+
+
+def test_difficulty_multiplies_the_odds():
+    difficulty = torch.tensor([3.0, 1.0]).log()
+    counts = drawn_counts([1.0, 1.0], share=0.5, difficulty=difficulty)
+    torch.testing.assert_close(counts, torch.tensor([0.75, 0.25]), atol=0.03, rtol=0)
 
 
 def test_permanent_difficulty_decides_alone():
@@ -205,7 +253,7 @@ def test_permanent_difficulty_decides_alone():
 
 def test_random_share_is_random_and_follows_the_seed():
     def drawn(seed):
-        policy, order = SharedRoute(50, route=1, share=0.2, pairs=5, random=True, seed=seed), torch.arange(50)
+        policy, order = SharedRoute(50, route=1, share=0.2, pairs=5, choice="random", seed=seed), torch.arange(50)
         policy.plan(0, order)
         policy.observe(order, torch.arange(50).float())
         return [originals(policy.plan(epoch, order)) for epoch in range(1, 6)]
@@ -227,6 +275,16 @@ def test_what_was_bought_is_kept():
         bought = now
         counts.append(len(now))
     assert counts == [4 + 10, 4 + 20, 4 + 20, 4 + 20, 4 + 20]
+
+
+def test_what_is_kept_is_paired_once():
+    policy, order = SharedRoute(40, route=1, share=0.5, pairs=4, refit_pairs=40, buy_epochs=2), torch.randperm(40)
+    paired = policy.plan(0, order).pairs.tolist()
+    for epoch in range(1, 4):
+        plan = policy.plan(epoch, order)
+        paired += plan.pairs.tolist()
+        assert set(paired) == originals(plan)
+    assert len(paired) == len(set(paired)) == 24
 
 
 def test_pairs_are_refitted_among_the_originals():
@@ -256,7 +314,7 @@ def spent(policy, cheap, router, count, epochs):
     ("budget", "cheap", "router", "count", "epochs", "pairs", "refit"),
     [
         (0.4, 0.2, 0.0, 500, 12, 100, 0), (0.4, 0.2, 0.01, 500, 12, 100, 20), (0.6, 0.5, 0.0, 333, 5, 40, 7),
-        (0.9, 0.05, 0.1, 100, 3, 200, 0), (0.3, 0.1, 0.0, 1000, 2, 0, 0),
+        (0.9, 0.05, 0.1, 100, 3, 200, 0), (0.3, 0.1, 0.0, 1000, 2, 0, 0), (0.4, 0.2, 0.0, 500, 12, 100, 500),
     ],
 )
 def test_budget_is_met(budget, cheap, router, count, epochs, pairs, refit):

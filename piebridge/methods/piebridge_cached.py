@@ -1,7 +1,7 @@
 """PieBridge with every latent kept: each image pays the subnet once, and some images the original once.
 
-Which images get the original is decided by their loss during the first third of the epochs, a part in each; what was
-bought is kept.
+The images of the highest loss get the original, a part of them in each epoch of the first third. What was
+bought is kept, so nobody is bought twice and a draw would only bring in chance.
 """
 
 from ..training import Plan
@@ -9,4 +9,4 @@ from .setting import Setting, shared_plan
 
 
 def plan(setting: Setting) -> Plan:
-    return shared_plan(setting, cached=True)
+    return shared_plan(setting, choice="highest", cached=True)

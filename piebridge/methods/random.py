@@ -8,4 +8,4 @@ from .setting import Setting, shared_plan
 
 
 def plan(setting: Setting) -> Plan:
-    return shared_plan(setting, random=True)
+    return shared_plan(setting, choice="random")

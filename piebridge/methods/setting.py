@@ -19,7 +19,7 @@ from ..cutting import cut_subnet
 from ..engines import Runner, prepare
 from ..pet import Split, split
 from ..router import Router
-from ..routing import FixedRoute, SharedRoute, cached_share, original_share, ranks
+from ..routing import Choice, FixedRoute, SharedRoute, cached_share, original_share, ranks
 from ..subnets import Family
 from ..training import Plan
 
@@ -80,7 +80,7 @@ def frozen_plan(setting: Setting, cached: bool) -> Plan:
 
 
 def shared_plan(
-    setting: Setting, random: bool = False, cached: bool = False, difficulty: Optional[Tensor] = None
+    setting: Setting, choice: Optional[Choice] = None, cached: bool = False, difficulty: Optional[Tensor] = None
 ) -> Plan:
     """A cheap subnet, and the original for the share of images that the budget leaves.
 
@@ -89,7 +89,7 @@ def shared_plan(
 
     Args:
         setting: what methods are given.
-        random: draw the images that get the original.
+        choice: of the images that get the original; default: the study's.
         cached: keep every latent.
         difficulty: shape (N,): known already, and all that decides; default: the loss, and the router's difficulty.
     """
@@ -100,7 +100,7 @@ def shared_plan(
     runners, engine_seconds = setting.runners(networks)
     seconds["engine"] = engine_seconds + setting.calibration_seconds
     permanent, router_cost = difficulty is not None, 0.0
-    if routing.difficulty and not random and not permanent:
+    if routing.difficulty and choice != "random" and not permanent:
         start = time.perf_counter()
         read = [setting.router.difficulty(batch) for batch in setting.images.split(ROUTER_BATCH)]
         difficulty = routing.difficulty * ranks(torch.cat(read))
@@ -108,16 +108,15 @@ def shared_plan(
         example = setting.backbone.example()
         prefix_macs = costs.macs(parts.prefix, example.to(study.training.device))
         router_cost = costs.macs(setting.router.body, example) / prefix_macs
-    pairs = routing.pairs if routing.correction else 0
+    pairs, refit = (routing.pairs, routing.refit_pairs) if routing.correction else (0, 0)
     count, epochs = len(setting.images), study.training.epochs
-    if cached:  # an original latent is paid once, and so is the subnet's
+    if cached:  # an original latent is paid once, and so is the subnet's; both kept, they make a pair for nothing
         share = cached_share(routing.cached_cost, setting.relative_cost, router_cost, count, pairs)
+        refit = count if routing.correction else 0
     else:
-        share = original_share(
-            routing.cost, setting.relative_cost, router_cost, count, epochs, pairs, routing.refit_pairs
-        )
+        share = original_share(routing.cost, setting.relative_cost, router_cost, count, epochs, pairs, refit)
     policy = SharedRoute(
-        count, route, share, pairs, routing.refit_pairs, random, difficulty, setting.seed,
+        count, route, share, pairs, refit, choice or routing.choice, difficulty, setting.seed,
         buy_epochs=max(1, epochs // 3) if cached else 0, permanent=permanent,
     )
     return Plan(parts, networks, runners, policy, cached, routing.correction, seconds)
