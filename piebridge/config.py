@@ -216,8 +216,8 @@ class RoutingConfig(Section):
         0, description="The cheap subnet's index in the family; 0: the most faithful one for 60 % of the budget."
     )
     choice: Literal["drawn", "highest"] = Field(
-        "drawn", description="Who gets the original: images drawn with odds in proportion to their last loss, or those "
-        "of the highest."
+        "highest", description="Who gets the original: the images of the highest priority, or images drawn with odds "
+        "in proportion to their last loss."
     )
     difficulty: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Weight of the router's difficulty beside the loss in who gets the original; 0: loss alone."
@@ -228,6 +228,10 @@ class RoutingConfig(Section):
     )
     refit_pairs: Annotated[int, Field(ge=0)] = Field(
         0, description="New pairs gathered, at most, in every later epoch to refit the correction."
+    )
+    residuals: bool = Field(
+        True, description="In the augmented regime, pair all images of the original's share and remember what their "
+        "corrected latents missed. Never in the plain one, where the latents themselves could be kept (`cached`)."
     )
 
 

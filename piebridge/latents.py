@@ -18,7 +18,7 @@ from .costs import Stopwatch
 from .crops import RandomViews
 from .data import allocate
 from .engines import Runner
-from .routing import Correction
+from .routing import Correction, Residuals
 
 
 class LatentSource:
@@ -32,16 +32,17 @@ class LatentSource:
         stopwatch: seconds go to `data`, `prefix`, `cache` and `correction`.
         cached: keep every (image, member) latent and never compute it again.
         correction: of all members but the original, or None.
+        residuals: what to remember of the corrected members' errors, or None.
         memory_mib: a member's cache above this size goes to a memory-mapped file in `scratch`.
     """
 
     def __init__(
         self, images: Union[Tensor, RandomViews], runners: dict[int, Runner], batch_size: int, device: str,
         stopwatch: Stopwatch, cached: bool = False, correction: Optional[Correction] = None, memory_mib: int = 2048,
-        scratch: Optional[Path] = None,
+        scratch: Optional[Path] = None, residuals: Optional[Residuals] = None,
     ) -> None:
         self.images, self.runners, self.batch_size, self.device = images, runners, batch_size, device
-        self.stopwatch, self.cached, self.correction = stopwatch, cached, correction
+        self.stopwatch, self.cached, self.correction, self.residuals = stopwatch, cached, correction, residuals
         self.memory_mib, self.scratch = memory_mib, scratch
         self.computed = dict.fromkeys(runners, 0)  # images run through each member
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # member: (latents, which are there)
@@ -67,6 +68,8 @@ class LatentSource:
             if route > 0 and self.correction is not None:
                 with self.stopwatch("correction"):
                     part = self.correction.apply(route, part)
+                    if self.residuals is not None:
+                        part = self.residuals.apply(indices[places], part)
             if latents is None:
                 layout = torch.channels_last if part.dim() == 4 else torch.contiguous_format
                 shape = (len(indices), *part.shape[1:])
@@ -79,7 +82,10 @@ class LatentSource:
         if self.correction is not None and paired.any():
             cheap = self._of_member(route, indices[paired])
             with self.stopwatch("correction"):
-                self.correction.add(route, cheap, original[paired.to(original.device)])
+                theirs = original[paired.to(original.device)]
+                self.correction.add(route, cheap, theirs)
+                if self.residuals is not None and route in self.correction.maps:
+                    self.residuals.learn(indices[paired], theirs - self.correction.apply(route, cheap))
 
     def _of_member(self, route: int, indices: Tensor) -> Tensor:
         if not self.cached:

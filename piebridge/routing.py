@@ -4,11 +4,14 @@ Algorithm (importance routing). Let c be the cheap subnet's relative cost and C 
 
 1. First epoch: the first P images of the shuffled order go through the original and the subnet; a ridge map from the
    subnet's latents to the original's is fitted on these pairs. All others get the subnet, corrected by the map.
-2. Every later epoch: a share q of the images goes to the original, the rest to the subnet. Which ones is drawn, with
-   odds in proportion to an image's last loss (or, as an alternative, those of the highest loss are taken); what the
-   router reads off an image, its difficulty, can weigh in. Both ways are open in every epoch: an image whose loss
-   falls becomes cheap again. Some of the originals' images go through the subnet as well, and the map is refitted.
-3. q is what the budget leaves after the subnet's passes, the pairs and the router.
+2. Every later epoch: the share q of the images with the highest priority goes to the original, the rest to the
+   subnet. An image's priority is the rank of its last loss, plus `UNSEEN` if the original has not seen it yet, plus
+   `difficulty` times the rank of the difficulty that the router read off it. Both ways are open in every epoch: an
+   image whose loss falls becomes cheap again. (An alternative draws images with odds in proportion to their loss.)
+3. Some of the originals' images go through the subnet as well, and the map is refitted. Where images are augmented at
+   random, all of them do, and what the corrected subnet missed of each is remembered: when the image next gets the
+   subnet, in another view, it gets a part of it back.
+4. q is what the budget leaves after the subnet's passes, the pairs and the router.
 
 The artifact compared a batch's loss with its moving average and only ever made routes cheaper; each image's own last
 loss serves better (the book has the figures).
@@ -25,6 +28,7 @@ from torch import Tensor
 
 Choice = Literal["drawn", "highest", "random"]
 SHRINKAGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, relative to the first pairs' summed variance
+UNSEEN = 0.3  # what an image that the original has not seen is ahead of others, in ranks of the loss (0 to 1)
 POSITIONS = 16  # of a map or token sequence, drawn for each pair when a correction is fitted
 
 
@@ -104,6 +108,50 @@ def _channels_last(latents: Tensor) -> Tensor:
     return latents.flatten(2).transpose(1, 2) if latents.dim() == 4 else latents
 
 
+class Residuals:
+    """What the corrected subnet missed of each image when the original last saw it, and how much of it to give back.
+
+    Under random augmentation two views of an image miss something alike. The share given back is the slope of the
+    regression of new residuals on remembered ones, over all images that the original has seen again so far.
+
+    Args:
+        count: training images, N.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.kept: Optional[Tensor] = None  # (N, ...), zero where nothing is known
+        self.agreement, self.energy = 0.0, 0.0
+
+    @property
+    def share(self) -> float:
+        """Of a remembered residual that is given back, in [0, 1]; 0 until an image was seen twice."""
+        return min(1.0, max(0.0, self.agreement / self.energy)) if self.energy else 0.0
+
+    def learn(self, indices: Tensor, residuals: Tensor) -> None:
+        """Remember residuals, shape (B, ...), of images, int64 (B,): original less corrected latents."""
+        if self.kept is None:
+            self.kept = torch.zeros((self.count, *residuals.shape[1:]), dtype=residuals.dtype)
+        residuals, before = residuals.cpu(), self.kept[indices]
+        again = before.flatten(1).any(1)
+        self.agreement += (before[again] * residuals[again]).sum().item()
+        self.energy += before[again].square().sum().item()
+        self.kept[indices] = residuals
+
+    def apply(self, indices: Tensor, latents: Tensor) -> Tensor:
+        """Corrected latents, shape (B, ...), of images, int64 (B,), with their share of what was missed before."""
+        return latents if not self.share else latents + self.share * self.kept[indices].to(latents.device)
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        known = {} if self.kept is None else {"kept": self.kept}
+        return {"agreement": self.agreement, "energy": self.energy} | known
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.agreement, self.energy, self.kept = state["agreement"], state["energy"], state.get("kept")
+
+
 @dataclass(frozen=True)
 class EpochPlan:
     """What an epoch does.
@@ -163,7 +211,8 @@ class SharedRoute:
         share: q, of the images that get the original in each epoch after the first.
         pairs: P, images paired in the first epoch.
         refit_pairs: at most so many images of the original's share are paired in every later epoch.
-        choice: of the share: `drawn` with odds in proportion to the last loss, those of the `highest`, or at `random`.
+        choice: of the share: those of the `highest` priority, `drawn` with odds in proportion to the last loss, or at
+            `random`.
         difficulty: shape (N,), of the router, already weighted: added to the rank of the loss (`highest`) or to the
             logarithm of the odds (`drawn`); None without a router.
         seed: of random draws and of ties.
@@ -173,7 +222,7 @@ class SharedRoute:
     """
 
     def __init__(
-        self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, choice: Choice = "drawn",
+        self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, choice: Choice = "highest",
         difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0, permanent: bool = False,
     ) -> None:
         self.count, self.route, self.share, self.permanent = count, route, share, permanent
@@ -226,7 +275,7 @@ class SharedRoute:
         if self.choice == "random":
             return noise
         if self.choice == "highest":
-            return ranks(self.losses) + self.difficulty + 1e-6 * noise
+            return ranks(self.losses) + UNSEEN * ~self.bought + self.difficulty + 1e-6 * noise
         # the largest of log odds + Gumbel noise are a draw without replacement
         odds = self.losses.nan_to_num(nan=torch.inf).clamp(1e-6, 1e6).log() + self.difficulty
         return odds - (-noise.clamp(min=1e-9).log()).log()

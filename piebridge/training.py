@@ -22,7 +22,7 @@ from .engines import Runner
 from .latents import LatentSource
 from .pet import Split
 from .progress import Memory, Progress, part_of, restore, state_of
-from .routing import Correction, EpochPlan
+from .routing import Correction, EpochPlan, Residuals
 
 
 class Policy(Memory, Protocol):
@@ -48,6 +48,7 @@ class Plan:
         policy: routes.
         cached: keep latents.
         corrected: correct those of subnets.
+        remembers: give each image back a part of what its corrected latents missed before.
         seconds: what preparing cost already, by item (engine, router); counts as training time.
         before_epoch: called with the epoch (from 0), the optimizer and the epoch's first batch (latents and labels);
             may change the suffix and the optimizer. Its time is counted under `engine`.
@@ -63,6 +64,7 @@ class Plan:
     policy: Policy
     cached: bool = False
     corrected: bool = False
+    remembers: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     before_epoch: Optional[Callable[[int, torch.optim.SGD, Tensor, Tensor], None]] = None
     penalty: Optional[Callable[[Tensor], Tensor]] = None
@@ -129,13 +131,15 @@ def fit(
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=config.momentum, fused=True)
     stopwatch = costs.Stopwatch(device)
     correction = Correction(seed) if plan.corrected else None
+    residuals = Residuals(count) if plan.remembers else None
     source = LatentSource(
-        images, plan.runners, config.prefix_batch, device, stopwatch, plan.cached, correction, memory_mib, scratch
+        images, plan.runners, config.prefix_batch, device, stopwatch, plan.cached, correction, memory_mib, scratch,
+        residuals,
     )
     generator = torch.Generator().manual_seed(seed)
     labels_there = labels.to(device)
     steps = config.epochs * math.ceil(count / config.batch_size)
-    memories = {"policy": plan.policy, "latents": source, "correction": correction}
+    memories = {"policy": plan.policy, "latents": source, "correction": correction, "residuals": residuals}
     run = Progress()
     if state is not None:
         run = restore(state, suffix, trained, optimizer, generator, memories)

@@ -6,7 +6,7 @@ import torch
 from piebridge.costs import Stopwatch
 from piebridge.crops import RandomViews
 from piebridge.latents import LatentSource
-from piebridge.routing import Correction
+from piebridge.routing import Correction, Residuals
 
 NOBODY = torch.empty(0, dtype=torch.int64)
 IMAGES = torch.randint(0, 256, (23, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -111,3 +111,17 @@ def test_only_subnets_are_corrected():
     latents = source.window(torch.arange(4), torch.tensor([0, 2, 0, 2]), NOBODY, 2)
     assert torch.equal(latents[::2], IMAGES[[0, 2]].float().mean((2, 3)))
     assert (latents[1::2] == 5).all()
+
+
+def test_what_a_pair_missed_is_given_back_to_its_image():
+    correction, residuals = Correction(0), Residuals(23)
+    correction.maps[2] = (torch.eye(3), torch.zeros(3))
+    source, _, _ = source_of(correction=correction, residuals=residuals)
+    everyone, chosen = torch.arange(6), torch.tensor([1, 4])
+    for _ in range(2):  # the same view twice: all of it is given back
+        source.window(everyone, torch.zeros(6, dtype=torch.int64), chosen, 2)
+    latents = source.window(everyone, torch.full((6,), 2), NOBODY, 2)
+    original = IMAGES[:6].float().mean((2, 3))
+    torch.testing.assert_close(latents[chosen], original[chosen])
+    others = torch.tensor([0, 2, 3, 5])
+    torch.testing.assert_close(latents[others], 3 * original[others])

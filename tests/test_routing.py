@@ -13,6 +13,7 @@ from piebridge.routing import (
     SHRINKAGES,
     Correction,
     FixedRoute,
+    Residuals,
     SharedRoute,
     cached_share,
     original_share,
@@ -157,6 +158,48 @@ def test_correction_does_not_depend_on_how_pairs_arrive(shape):
     torch.testing.assert_close(corrected[2], corrected[0])
 
 
+# ------------------------------------------------------------------------------------------- residuals
+
+
+def test_residuals_give_back_the_slope_of_the_regression():
+    generator = torch.Generator().manual_seed(0)
+    before, noise = torch.randn(2, 6, 3, generator=generator)
+    after = 0.5 * before + 0.1 * noise
+    residuals, latents = Residuals(8), torch.ones(6, 3)
+    order = torch.tensor([5, 1, 7, 2, 0, 3])
+    residuals.learn(order, before)
+    assert torch.equal(residuals.apply(order, latents), latents)  # nothing was seen twice
+    residuals.learn(order[:4], after[:4])
+    slope = np.linalg.lstsq(before[:4].reshape(-1, 1).numpy(), after[:4].flatten().numpy(), rcond=None)[0].item()
+    assert residuals.share == pytest.approx(slope, rel=1e-5)
+    latest = torch.cat([after[:4], before[4:]])
+    torch.testing.assert_close(residuals.apply(order, latents), 1 + slope * latest)
+    unknown = torch.tensor([4, 6])
+    assert torch.equal(residuals.apply(unknown, latents[:2]), latents[:2])
+
+
+def test_residuals_that_disagree_are_not_given_back():
+    residuals, order = Residuals(4), torch.arange(4)
+    residuals.learn(order, torch.ones(4, 2))
+    residuals.learn(order, -torch.ones(4, 2))
+    assert residuals.share == 0.0
+    for _ in range(9):
+        residuals.learn(order, 5.0 * (residuals.kept.sign()))
+    assert residuals.share == 1.0
+
+
+def test_residuals_go_on_from_their_state():
+    one, other, order = Residuals(4), Residuals(4), torch.arange(3)
+    other.restore(one.state())
+    assert other.kept is None
+    for scale in (1.0, 0.5):
+        one.learn(order, scale * torch.ones(3, 2, 4, 4))
+    other.restore(one.state())
+    latents = torch.randn(3, 2, 4, 4)
+    assert torch.equal(one.apply(order, latents), other.apply(order, latents))
+    assert other.share == 0.5
+
+
 # ----------------------------------------------------------------------------------------------- ranks
 
 
@@ -190,8 +233,8 @@ def test_fixed_route():
 
 
 def test_images_become_dearer_and_cheaper_again():
-    policy, order = SharedRoute(10, route=1, share=0.3, pairs=2, choice="highest"), torch.arange(10)
-    assert originals(policy.plan(0, order)) == {0, 1}
+    policy, order = SharedRoute(10, route=1, share=0.3, pairs=10), torch.arange(10)
+    assert originals(policy.plan(0, order)) == set(range(10))
     for hard in ({4, 5, 6}, {0, 1, 9}, {4, 5, 6}):
         policy.observe(order, torch.tensor([1.0 + 0.01 * i if i in hard else 0.1 for i in range(10)]))
         assert originals(policy.plan(1, order)) == hard
@@ -202,6 +245,13 @@ def test_images_never_seen_come_first():
     policy.plan(0, order)
     policy.observe(torch.tensor([0, 1, 2, 3]), torch.ones(4))
     assert originals(policy.plan(1, order)) == {4, 5}
+
+
+def test_what_the_original_has_not_seen_is_a_little_ahead():
+    policy, order = SharedRoute(11, route=1, share=2 / 11, pairs=0), torch.arange(11)
+    policy.bought[8:] = True  # those of the highest losses, whose ranks are 0.8, 0.9 and 1
+    policy.observe(order, torch.arange(11.0))
+    assert originals(policy.plan(1, order)) == {7, 10}  # 0.7 + 0.3 and 1
 
 
 def test_difficulty_adds_to_the_loss():

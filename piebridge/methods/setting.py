@@ -24,6 +24,7 @@ from ..subnets import Family
 from ..training import Plan
 
 ROUTER_BATCH = 64
+TIMED_BATCHES = 5  # on which subnet and original are compared
 
 
 @dataclass(frozen=True)
@@ -108,18 +109,20 @@ def shared_plan(
         example = setting.backbone.example()
         prefix_macs = costs.macs(parts.prefix, example.to(study.training.device))
         router_cost = costs.macs(setting.router.body, example) / prefix_macs
-    pairs, refit = (routing.pairs, routing.refit_pairs) if routing.correction else (0, 0)
     count, epochs = len(setting.images), study.training.epochs
-    if cached:  # an original latent is paid once, and so is the subnet's; both kept, they make a pair for nothing
+    remembers = routing.correction and routing.residuals and study.training.regime == "augmented"
+    pairs, refit = (routing.pairs, routing.refit_pairs) if routing.correction else (0, 0)
+    if remembers or (cached and routing.correction):  # what is remembered is a pair; what is kept makes one for nothing
+        refit = count
+    if cached:  # an original latent is paid once, and so is the subnet's
         share = cached_share(routing.cached_cost, setting.relative_cost, router_cost, count, pairs)
-        refit = count if routing.correction else 0
     else:
         share = original_share(routing.cost, setting.relative_cost, router_cost, count, epochs, pairs, refit)
     policy = SharedRoute(
         count, route, share, pairs, refit, choice or routing.choice, difficulty, setting.seed,
         buy_epochs=max(1, epochs // 3) if cached else 0, permanent=permanent,
     )
-    return Plan(parts, networks, runners, policy, cached, routing.correction, seconds)
+    return Plan(parts, networks, runners, policy, cached, routing.correction, remembers, seconds)
 
 
 def cheap_route(setting: Setting) -> int:
@@ -196,14 +199,18 @@ def lower_prefix(setting: Setting, prefix: nn.Sequential, side: int) -> nn.Modul
 
 
 def _timed_cost(setting: Setting, original: nn.Module, cheap: nn.Module) -> float:
-    """Seconds of a cheap network's pass relative to the original's, at most 1; both timed in turn, the median of 5."""
+    """Seconds of a cheap network's pass relative to the original's, at most 1: the median over batches of images.
+
+    Both are timed in turn on each batch, and each batch is another one, as in training.
+    """
     runners, _ = setting.runners({0: original, 1: cheap})
-    images = setting.images[: setting.study.training.prefix_batch].to(setting.study.training.device)
-    for runner in runners.values():
-        runner(images)  # warm up
-    rounds = [[_seconds(runner, images) for runner in runners.values()] for _ in range(5)]
-    whole, part = (statistics.median(seconds) for seconds in zip(*rounds))
-    return min(1.0, part / whole)
+    size = setting.study.training.prefix_batch
+    batches = setting.images[: (1 + TIMED_BATCHES) * size].to(setting.study.training.device).split(size)
+    ratios = []
+    for batch in batches:
+        whole, part = (_seconds(runner, batch) for runner in runners.values())
+        ratios.append(part / whole)
+    return min(1.0, statistics.median(ratios[1:] or ratios))  # the first batch warms up
 
 
 def _seconds(runner: Runner, images: Tensor) -> float:
