@@ -1,8 +1,9 @@
-"""The package's commands: check, sum up or draw a study, generate or measure a family, classify photos."""
+"""The package's commands: check, sum up, collect or draw studies, generate or measure a family, classify photos."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -55,11 +56,31 @@ def summary(arguments: argparse.Namespace) -> None:
     print(f"\n{table['study'].iloc[0]} on {device}, {threads} threads\n")
     shown = records.speedups(table)
     print(shown.round({"train_seconds": 1, "test_accuracy": 2, "best_test_accuracy": 2, "points_above_pet": 2,
-                       "faster_than_pet": 2, "faster_than_full": 2}).to_string(na_rep="-"))
+                       "faster_than_pet": 2, "faster_than_full": 2, "memory_to_pet": 2}).to_string(na_rep="-"))
     best = table["method"].iloc[-1] if "piebridge" not in set(table["method"]) else "piebridge"
     trained = folder / "runs" / f"{best}-seed{table['seed'].iloc[0]}" / "trained.safetensors"
     print(f"\nRecords: {path}\nTrained with {best}: {trained}")
     print(f"Use it: .venv/bin/python -m piebridge predict {trained} photo.jpg")
+
+
+def collect(arguments: argparse.Namespace) -> None:
+    """Write the records of studies that have been run into one folder of CSV files; other studies' rows in it stay."""
+    from .collection import collect as collect_runs
+    from .collection import has_runs
+
+    overrides = f" SET={shlex.quote(arguments.set)}" if arguments.set else ""
+    studies = {}
+    for source in arguments.studies:
+        study = load_study(source, arguments.set)
+        path = source if Path(source).is_file() else f"params/{source}.yaml"
+        if has_runs(study) or not arguments.if_run:
+            studies[f"make study STUDY={path}{overrides}"] = study
+        else:
+            print(f"{study.name}: left out, it has not been run")
+    if not studies:
+        raise ValueError("none of these studies has been run: make studies")
+    collect_runs(studies, arguments.output)
+    print(f"{', '.join(study.name for study in studies.values())}: collected in {arguments.output}")
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -154,10 +175,16 @@ def _print_family(family) -> None:
 
 
 def figure(arguments: argparse.Namespace) -> None:
-    """Draw accuracy against training time from a table of records of one study and device."""
+    """Draw accuracy against training time of one study in a table of records."""
     from .figures import accuracy_against_time
 
-    drawing = accuracy_against_time(records.read_table(arguments.table))
+    table = records.read_table(arguments.table)
+    if arguments.study:
+        known = ", ".join(dict.fromkeys(table["study"]))
+        table = table[table["study"] == arguments.study]
+        if table.empty:
+            raise ValueError(f"{arguments.table}: no records of {arguments.study!r}; there are: {known}")
+    drawing = accuracy_against_time(table)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(arguments.output, dpi=130, bbox_inches="tight")
 
@@ -178,12 +205,19 @@ def main() -> int:
         if function is transfer:
             command.add_argument("--targets", nargs="+", required=True, help="studies of the target tasks")
             command.add_argument("--output", type=Path, required=True, help="CSV; other backbones' rows in it stay")
+    command = commands.add_parser("collect", help=collect.__doc__)
+    command.add_argument("studies", nargs="+", metavar="study", help="a study of params/, by name or path")
+    command.add_argument("--set", default="", help="overrides that the studies were run with")
+    command.add_argument("--output", type=Path, required=True, help="folder of the CSV files")
+    command.add_argument("--if-run", action="store_true", help="leave out studies of which there is no run at all")
+    command.set_defaults(run=collect)
     command = commands.add_parser("predict", help=predict.__doc__)
     command.add_argument("trained", type=Path, help="trained.safetensors of a run")
     command.add_argument("photos", type=Path, nargs="+", help="image files")
     command.set_defaults(run=predict)
     command = commands.add_parser("figure", help=figure.__doc__)
     command.add_argument("table", type=Path, help="a CSV of records")
+    command.add_argument("--study", help="the study to draw, by name; needed where the table holds several")
     command.add_argument("--output", type=Path, required=True, help="image file")
     command.set_defaults(run=figure)
     arguments = parser.parse_args()

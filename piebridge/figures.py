@@ -64,11 +64,16 @@ def titled(figure: Figure, what: str, study: str, device: str = "") -> Figure:
 
 
 def _one_device(records: pd.DataFrame) -> tuple[str, str]:
-    """(study, device and threads) of records that may share an axis; a ValueError if these differ."""
-    keys = records[["study", "device", "threads"]].drop_duplicates()
+    """(study and regime, device and threads) of records that may share an axis; a ValueError if these differ."""
+    keys = records[["study", "regime", "device", "threads"]].drop_duplicates()
     if len(keys) != 1:
-        raise ValueError(f"times of {len(keys)} studies or devices do not belong on one axis; choose one")
-    study, device, threads = keys.iloc[0]
+        raise ValueError(
+            f"times of {len(keys)} studies, regimes or devices do not belong on one axis; choose one study of "
+            f"{', '.join(dict.fromkeys(keys['study']))}"
+        )
+    study, regime, device, threads = keys.iloc[0]
+    if regime != "plain" and not study.endswith(regime):  # some studies have the regime in their name
+        study = f"{study}, {regime}"
     return study, f"{device}, {threads} thread{'s' if threads > 1 else ''}"
 
 
@@ -155,7 +160,7 @@ def time_breakdown(records: pd.DataFrame) -> Figure:
     """Training seconds of each method by item, means over seeds.
 
     Args:
-        records: of one study and device; columns study, device, threads, method and all `*_seconds`.
+        records: of one study and device; columns study, regime, device, threads, method and all `*_seconds`.
     """
     study, device = _one_device(records)
     items = [part for part in PARTS if part != "other"]
@@ -214,7 +219,8 @@ def speedup_bars(records: pd.DataFrame) -> Figure:
     """How many times faster each method trained than `pet` and than `full`; what was not run has no bar.
 
     Args:
-        records: of one study and device; columns study, device, threads, method, train_seconds and both accuracies.
+        records: of one study and device; columns study, regime, device, threads, method, train_seconds,
+            peak_memory_mib and both accuracies.
     """
     study, device = _one_device(records)
     table = speedups(records)
@@ -235,7 +241,7 @@ def accuracy_against_time(records: pd.DataFrame) -> Figure:
     """Final test accuracy against training time, a point a method (mean over seeds), seeds as small points.
 
     Args:
-        records: of one study and device; columns study, device, threads, method, train_seconds, test_accuracy.
+        records: of one study and device; columns study, regime, device, threads, method, train_seconds, test_accuracy.
     """
     study, device = _one_device(records)
     figure, (axis,) = panels(7.5, 4.2)

@@ -114,8 +114,9 @@ def table_1(records: pd.DataFrame, accuracy: str = "best_test_accuracy") -> pd.D
         accuracy: `best_test_accuracy` is the appendix's metric, `test_accuracy` the final epoch's.
 
     Raises:
-        ValueError: a method of the three was not run.
+        ValueError: a method of the three was not run, or the rows are of several studies or regimes.
     """
+    _check_one_study(records)
     methods = {"Ours": "piebridge", "PET": "pet", "FTAll": "full"}
     absent = [method for method in methods.values() if method not in set(records["method"])]
     if absent:
@@ -128,19 +129,44 @@ def table_1(records: pd.DataFrame, accuracy: str = "best_test_accuracy") -> pd.D
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(methods))
 
 
-def speedups(records: pd.DataFrame) -> pd.DataFrame:
-    """Mean seconds and accuracies a method, how many times faster than `pet` and `full`, and points above `pet`.
+def write_table_1(path: Path, records: pd.DataFrame) -> Optional[pd.DataFrame]:
+    """Write `table_1` of a study that ran its three methods and return it; else remove what an earlier run left."""
+    if not {"piebridge", "pet", "full"} <= set(records["method"]):
+        path.unlink(missing_ok=True)
+        return None
+    table = table_1(records)
+    write_table(path, table.rename_axis("").reset_index())
+    return table
 
-    Columns: train_seconds, test_accuracy, best_test_accuracy, faster_than_pet, faster_than_full, points_above_pet;
-    indexed by method in order of appearance. A ratio whose yardstick was not run is NaN.
+
+def speedups(records: pd.DataFrame) -> pd.DataFrame:
+    """Mean seconds, accuracies and peak memory a method, against those of `pet`, and the seconds against `full`'s too.
+
+    Columns: train_seconds, test_accuracy, best_test_accuracy, faster_than_pet, faster_than_full, points_above_pet,
+    memory_to_pet (peak memory as a multiple of `pet`'s); indexed by method in order of appearance. What has no
+    yardstick, because that was not run, is NaN.
+
+    Raises:
+        ValueError: the rows are of several studies or regimes.
     """
+    _check_one_study(records)
     order = list(dict.fromkeys(records["method"]))
-    table = records.groupby("method")[["train_seconds", "test_accuracy", "best_test_accuracy"]].mean().loc[order]
+    shown = ["train_seconds", "test_accuracy", "best_test_accuracy"]
+    means = records.groupby("method")[[*shown, "peak_memory_mib"]].mean().loc[order]
+    table = means[shown].copy()
     for rival in ("pet", "full"):
         seconds = table["train_seconds"].get(rival, float("nan"))
         table[f"faster_than_{rival}"] = seconds / table["train_seconds"]
     table["points_above_pet"] = table["test_accuracy"] - table["test_accuracy"].get("pet", float("nan"))
+    table["memory_to_pet"] = means["peak_memory_mib"] / means["peak_memory_mib"].get("pet", float("nan"))
     return table
+
+
+def _check_one_study(records: pd.DataFrame) -> None:
+    found = records[["study", "regime"]].drop_duplicates()
+    if len(found) > 1:
+        names = "; ".join(", ".join(pair) for pair in found.itertuples(index=False))
+        raise ValueError(f"methods are compared within one study and regime, not over {names}: choose one")
 
 
 def provenance() -> dict[str, Any]:
@@ -170,7 +196,7 @@ def code_fingerprint() -> str:
     """Eight hexadecimal digits of the sources that results depend on: results of other code are not continued."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
-        if path.name not in ("figures.py", "__main__.py"):
+        if path.name not in ("figures.py", "collection.py", "__main__.py"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 

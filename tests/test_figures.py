@@ -15,11 +15,13 @@ def table():
     rows = []
     for position, method in enumerate(METHODS):
         for seed in (0, 1):
-            row = {"study": "tiny", "device": "a small board", "threads": 2, "method": method, "seed": seed}
+            row = {"study": "tiny", "regime": "plain", "method": method, "seed": seed}
+            row |= {"device": "a small board", "threads": 2}
             row |= {f"{item}_seconds": 1.0 for item in figures.ITEMS if item != "other"}
             accuracy = 90.0 + position / 10
             rows.append(row | {
                 "train_seconds": 10.0 + position, "test_accuracy": accuracy, "best_test_accuracy": accuracy + 1,
+                "peak_memory_mib": 100.0,
             })
     return pd.DataFrame(rows)
 
@@ -57,11 +59,17 @@ def test_figures_of_records_name_study_device_and_methods(table, draw):
 
 
 @pytest.mark.parametrize("draw", OF_RECORDS)
-@pytest.mark.parametrize("column", ["study", "device", "threads"])
+@pytest.mark.parametrize("column", ["study", "regime", "device", "threads"])
 def test_times_of_two_devices_do_not_share_an_axis(table, draw, column):
     table.loc[0, column] = 9 if column == "threads" else "another"
-    with pytest.raises(ValueError, match="do not belong on one axis"):
+    with pytest.raises(ValueError, match=r"do not belong on one axis; choose one study of .*tiny"):
         draw(table)
+
+
+def test_the_regime_is_named_once(table):
+    for study in ("tiny", "tiny_augmented"):
+        figure = figures.accuracy_against_time(table.assign(study=study, regime="augmented"))
+        assert figure.get_suptitle().count("augmented") == 1
 
 
 def test_figures_of_the_history(table, history):

@@ -58,6 +58,27 @@ def test_speedups(table):
     assert result["points_above_pet"].tolist() == [-0.5, 0.0, 0.5]
 
 
+def test_memory_is_compared_with_that_of_pet(table):
+    table["peak_memory_mib"] = [400.0, 200.0, 100.0, 50.0]
+    assert records.speedups(table)["memory_to_pet"].tolist() == [3.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("column", ["study", "regime"])
+@pytest.mark.parametrize("compare", [records.speedups, records.table_1])
+def test_methods_are_compared_within_one_study_and_regime(table, compare, column):
+    table.loc[0, column] = "another"
+    with pytest.raises(ValueError, match=r"another.*choose one"):
+        compare(table)
+
+
+def test_table_1_is_written_where_its_methods_were_run(tmp_path, table):
+    path = tmp_path / "table_1.csv"
+    assert records.write_table_1(path, table).equals(records.table_1(table))
+    assert path.read_text().splitlines() == [",Ours,PET,FTAll", "Time,0.25,0.5,1.5", "Acc.,92.0,91.5,92.0"]
+    assert records.write_table_1(path, table[table["method"] != "full"]) is None
+    assert not path.exists()
+
+
 def test_speedups_without_the_yardstick_are_unknown(table):
     result = records.speedups(table[table["method"] != "full"])
     assert math.isnan(result.loc["pet", "faster_than_full"])
@@ -144,9 +165,23 @@ def test_committed_records_are_records():
     assert not table["commit"].str.endswith("+").any()  # made by code that is in the history
 
 
-def test_learning_rates_of_the_committed_study_are_the_tuned_ones():
+def test_committed_history_is_of_the_committed_records():
+    table = records.read_table(ROOT / "book" / "records" / "end_to_end.csv")
+    history = pd.read_csv(ROOT / "book" / "records" / "end_to_end_history.csv")
+    runs = ["study", "regime", "method", "seed"]
+    last = history.groupby(runs)[["epoch", "train_seconds", "test_accuracy"]].last()
+    expected = table.set_index(runs)[["epochs", "train_seconds", "test_accuracy"]].sort_index()
+    assert last.index.equals(expected.index)
+    assert last["epoch"].tolist() == expected["epochs"].tolist()
+    assert last["test_accuracy"].tolist() == pytest.approx(expected["test_accuracy"].tolist())
+
+
+def test_learning_rates_of_the_committed_studies_are_the_tuned_ones():
     tuning = pd.read_csv(ROOT / "book" / "records" / "tuning.csv")
+    table = records.read_table(ROOT / "book" / "records" / "end_to_end.csv")
     for study, rows in tuning.groupby("study"):
-        best = rows.loc[rows.groupby("method")["val_accuracy"].idxmax()].set_index("method")["learning_rate"]
-        assert load_study(study).training.learning_rate == best.to_dict()
+        best = rows.loc[rows.groupby("method")["val_accuracy"].idxmax()].set_index("method")["learning_rate"].to_dict()
+        runs = table[table["study"] == study]
+        assert dict(zip(runs["method"], runs["learning_rate"])) == best
+        assert load_study(study).training.learning_rate.items() <= best.items()  # what is fixed now was tuned then
         assert rows.groupby("method").size().nunique() == 1  # the same effort for each
