@@ -94,8 +94,8 @@ def test_adapters_have_latents_that_are_maps(tiny):
 
 
 def test_rates_that_the_study_does_not_name_are_tuned(tiny):
-    runs = _Runs(tiny_study("training.learning_rate.pet=0.02 training.learning_rates=[1e-6,0.01]"))
-    rates = runs.learning_rates()
+    named = "training.learning_rate={} training.learning_rate.pet=0.02"
+    rates = _Runs(tiny_study(f"{named} training.learning_rates=[1e-6,0.01]")).learning_rates()
     assert rates["pet"] == 0.02
     assert {rates[method] for method in ("fixed", "random", "piebridge", "oracle")} <= {1e-6, 0.01}
     assert rates["piebridge"] == rates["oracle"] == 0.01

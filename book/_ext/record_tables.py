@@ -1,8 +1,9 @@
 """The book's tables and figures of committed records, made of the CSV files when the book is built.
 
-`{record-table} file.csv` pivots the rows that `:where:` selects: `:index:`, `:columns:`, `:values:`. `{record-figure}
-file.csv` draws them, a line a variant (`:kind: compared`) or a point a subnet (`:kind: fidelity_against_macs`); its
-content is the caption.
+`{record-table} file.csv` pivots the rows that `:where:` selects: `:index:`, `:columns:`, `:values:`.
+`{record-comparison} file.csv` compares each study's variants with one of them, `:reference:`.
+`{record-figure} file.csv` draws rows, a line a variant (`:kind: compared`) or a point a subnet
+(`:kind: fidelity_against_macs`); its content is the caption.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from piebridge import cloud_figures
+from piebridge import cloud_figures, records
 
 OWN = "single runs on one data-centre GPU (H200), one seed"
 
@@ -42,6 +43,12 @@ class Records(SphinxDirective):
         index, columns = self.options["index"].split(), self.options["columns"].split()
         return self.rows().pivot_table(index=index, columns=columns, values=self.options["values"], sort=False)
 
+    def parsed(self, text: list[str]) -> list[nodes.Node]:
+        """What lines of Markdown become."""
+        container = nodes.container()
+        self.state.nested_parse(StringList(text, source="record_tables"), self.content_offset, container)
+        return container.children
+
 
 class RecordTable(Records):
     option_spec: ClassVar = {
@@ -55,13 +62,24 @@ class RecordTable(Records):
             table.columns = [" / ".join(filter(None, map(str, _whole(name)))) for name in table.columns]
         else:
             table = self.rows()[self.options["index"].split()]
-        lines = [[name.replace("_", " ") for name in table.columns], ["---"] * len(table.columns)]
-        for row in table.itertuples(index=False):
-            lines.append([_text(value, form) for value in row])
-        text = ["| " + " | ".join(line) + " |" for line in lines]
-        container = nodes.container()
-        self.state.nested_parse(StringList(text, source="record_tables"), self.content_offset, container)
-        return container.children
+        cells = [[_text(value, form) for value in row] for row in table.itertuples(index=False)]
+        return self.parsed(_markdown([name.replace("_", " ") for name in table.columns], cells))
+
+
+class RecordComparison(Records):
+    option_spec: ClassVar = {name: directives.unchanged for name in ("where", "reference")}
+
+    def run(self) -> list[nodes.Node]:
+        reference = self.options["reference"]
+        names = ["variant", "cost", "accuracy (%)", f"points below “{reference}”"]
+        text = []
+        for study, rows in self.rows().groupby("study", sort=False):
+            cells = [
+                [variant, f"{row['cost']:.3f}", f"{row['test_accuracy']:.2f}", _interval(row)]
+                for variant, row in records.compared(rows, reference).iterrows()
+            ]
+            text += [f"`{study}`, {rows['seed'].nunique()} seeds:", "", *_markdown(names, cells), ""]
+        return self.parsed(text)
 
 
 class RecordFigure(Records):
@@ -84,6 +102,14 @@ class RecordFigure(Records):
         self.state.nested_parse(self.content, self.content_offset, inline)
         caption += inline.children[0].children if inline.children else nodes.Text(self.options["title"])
         return [nodes.figure("", image, caption)]
+
+
+def _markdown(names: list[str], cells: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *cells]]
+
+
+def _interval(row: pd.Series) -> str:
+    return "-" if pd.isna(row["behind"]) else f"{row['behind']:+.2f} ± {row['half_width']:.2f}"
 
 
 def _whole(name: Any) -> tuple:
@@ -115,5 +141,6 @@ def _cut(row: pd.Series) -> str:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("record-table", RecordTable)
+    app.add_directive("record-comparison", RecordComparison)
     app.add_directive("record-figure", RecordFigure)
     return {"parallel_read_safe": True}
