@@ -145,13 +145,13 @@ def audit(arguments: argparse.Namespace) -> None:
     from .audit import REFERENCE, require_plain
     from .audit import audit as measure_routes
 
-    studies = [load_study(study, arguments.set) for study in arguments.studies]
+    studies, seeds = [load_study(study, arguments.set) for study in arguments.studies], sorted(set(arguments.seeds))
     for study in studies:
         require_plain(study)  # at once, not after the studies before it
     for study in studies:
-        table = measure_routes(study, arguments.seeds)
+        table = measure_routes(study, seeds)
         records.replace_rows(arguments.output, table, "study")
-        print(f"\n{study.name}, {len(arguments.seeds)} seeds; behind: points below {REFERENCE!r}, 95 % interval\n")
+        print(f"\n{study.name}, {len(seeds)} seeds; behind: points below {REFERENCE!r}, 95 % interval\n")
         shown = records.compared(table, REFERENCE).rename(columns={"half_width": "±"})
         print(shown.round({"cost": 3, "test_accuracy": 2, "behind": 2, "±": 2}).to_string(na_rep="-"), flush=True)
 
