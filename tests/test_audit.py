@@ -10,7 +10,7 @@ import torch
 from tiny import ROOT, copied_state, same_tensors, tiny_study
 
 from piebridge.audit import REFERENCE, VARIANTS, _Runs, audit
-from piebridge.config import StudyError
+from piebridge.config import StudyError, load_study
 from piebridge.experiment import split_accuracy
 from piebridge.methods import REGISTRY
 from piebridge.training import fit
@@ -104,6 +104,20 @@ def test_rates_that_the_study_does_not_name_are_tuned(tiny):
 def test_the_augmented_regime_is_refused(tiny):
     with pytest.raises(StudyError, match=r"tiny: training\.regime is augmented"):
         audit(tiny_study("training.regime=augmented"), (0,))
+
+
+def test_committed_table_is_whole():
+    """book/records/routes.csv, where there is one: all variants and seeds, at the budgets of the studies."""
+    path = ROOT / "book" / "records" / "routes.csv"
+    if not path.is_file():
+        pytest.skip("no table of routes is committed")
+    table = pd.read_csv(path)
+    assert list(table.columns) == COLUMNS
+    for study, rows in table.groupby("study"):
+        expected = [(name, seed) for name in BY_NAME for seed in sorted(rows["seed"].unique())]
+        assert list(zip(rows["variant"], rows["seed"])) == expected
+        budgeted = rows[~rows["variant"].isin(UNROUTED)]
+        assert budgeted["cost"].tolist() == pytest.approx([load_study(study).routing.cost] * len(budgeted), rel=0.02)
 
 
 def command(*arguments):
