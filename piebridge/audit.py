@@ -2,7 +2,8 @@
 
 Every variant is a method, or one with other routing parameters, and is trained by the one training loop. Only the
 latents come from elsewhere: each network runs once over all images, and afterwards its latents are looked up. So
-accuracies and counts of passes are those of real runs, and seconds are not measured.
+accuracies and counts of passes are those of real runs, but for the rounding that depends on which images share a pass,
+and seconds are not measured.
 """
 
 from __future__ import annotations
