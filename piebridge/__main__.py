@@ -1,4 +1,4 @@
-"""The package's commands: check, sum up, collect or draw studies, generate or measure a family, classify photos."""
+"""The package's commands: check, sum up, collect, audit or draw studies, make a family, classify photos."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-
-import pandas as pd
 
 from . import records
 from .config import Study, load_study, study_folder
@@ -156,14 +154,27 @@ def transfer(arguments: argparse.Namespace) -> None:
     backbone = load_backbone(study.backbone)
     family = load_family(arguments.family, backbone, "head")
     table = measure_transfer(family, backbone, load_held_out(study), targets)
-    if arguments.output.is_file():  # a table holds several backbones
-        known = records.read_table(arguments.output)
-        table = pd.concat([known[known["backbone"] != backbone.name], table], ignore_index=True)
-    records.write_table(arguments.output, table)
+    records.replace_rows(arguments.output, table, "backbone")
     lost = (table["reference_accuracy"] - table["transfer_accuracy"]).rename("points lost")
     shown = table.assign(**{"points lost": lost}).pivot_table(
         index=["backbone", "subnet", "relative_latency", "fidelity_cloud"], columns="dataset", values="points lost")
     print(shown.assign(mean=shown.mean(axis=1)).round(2).to_string())
+
+
+def audit(arguments: argparse.Namespace) -> None:
+    """Train with every way of choosing prefixes and every seed, compare them with PieBridge's, and write a table."""
+    from .audit import REFERENCE, require_plain
+    from .audit import audit as measure_routes
+
+    studies, seeds = [load_study(study, arguments.set) for study in arguments.studies], sorted(set(arguments.seeds))
+    for study in studies:
+        require_plain(study)  # at once, not after the studies before it
+    for study in studies:
+        table = measure_routes(study, seeds)
+        records.replace_rows(arguments.output, table, "study")
+        print(f"\n{study.name}, {len(seeds)} seeds; behind: points below {REFERENCE!r}, 95 % interval\n")
+        shown = records.compared(table, REFERENCE).rename(columns={"half_width": "±"})
+        print(shown.round({"cost": 3, "test_accuracy": 2, "behind": 2, "±": 2}).to_string(na_rep="-"), flush=True)
 
 
 def _print_family(family) -> None:
@@ -211,6 +222,12 @@ def main() -> int:
     command.add_argument("--output", type=Path, required=True, help="folder of the CSV files")
     command.add_argument("--if-run", action="store_true", help="leave out studies of which there is no run at all")
     command.set_defaults(run=collect)
+    command = commands.add_parser("audit", help=audit.__doc__)
+    command.add_argument("studies", nargs="+", metavar="study", help="studies of params/, by name or path")
+    command.add_argument("--set", default="", help="overrides, of all of them")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="one run a variant and seed")
+    command.add_argument("--output", type=Path, required=True, help="CSV; other studies' rows in it stay")
+    command.set_defaults(run=audit)
     command = commands.add_parser("predict", help=predict.__doc__)
     command.add_argument("trained", type=Path, help="trained.safetensors of a run")
     command.add_argument("photos", type=Path, nargs="+", help="image files")

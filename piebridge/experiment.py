@@ -196,8 +196,8 @@ def _run_one(
 
     def evaluate(suffix: nn.Module) -> dict[str, float]:
         if hold_out:
-            return {"val_accuracy": _accuracy(experiment, plan, suffix, "validation")}
-        return {"test_accuracy": _accuracy(experiment, plan, suffix, "test")}
+            return {"val_accuracy": split_accuracy(experiment, plan, suffix, "validation")}
+        return {"test_accuracy": split_accuracy(experiment, plan, suffix, "test")}
 
     description = f"{method}, {'tuning ' + format(learning_rate, 'g') if hold_out else f'seed {seed}'}"
     about = {name: getattr(setting, name) for name in MEASURED} | _surroundings(study)
@@ -213,8 +213,11 @@ def _run_one(
     return record
 
 
-def _accuracy(experiment: Experiment, plan: Plan, suffix: nn.Module, split: str) -> float:
-    """On the original network, always; `prune` alone trains, and is tested with, a smaller one."""
+def split_accuracy(experiment: Experiment, plan: Plan, suffix: nn.Module, split: str) -> float:
+    """Percent of a split's images that a trained suffix classifies rightly.
+
+    On the original network, always; `prune` alone trains, and is tested with, a smaller one.
+    """
     task, device = experiment.task, experiment.study.training.device
     indices = task.splits[split]
     if len(plan.split.prefix):

@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
+from scipy import stats
 
 
 class Record(BaseModel):
@@ -104,6 +105,64 @@ def read_table(path: Path) -> pd.DataFrame:
     if missing:
         raise ValueError(f"{path}: not a table of records: column {missing[0]!r} is missing")
     return table
+
+
+def replace_rows(path: Path, table: pd.DataFrame, key: str) -> None:
+    """Write rows into a CSV in which other rows stay: those whose value of `key` the new ones do not have.
+
+    Args:
+        path: made if it does not exist.
+        table: the new rows; they come last.
+        key: a column.
+
+    Raises:
+        ValueError: the file's columns are others than the table's.
+    """
+    if path.is_file():
+        known = pd.read_csv(path)
+        if list(known.columns) != list(table.columns):
+            raise ValueError(f"{path}: another table: its columns are {', '.join(known.columns)}")
+        table = pd.concat([known[~known[key].isin(table[key])], table], ignore_index=True)
+    write_table(path, table)
+
+
+def paired_difference(one: pd.Series, other: pd.Series, confidence: float = 0.95) -> tuple[float, float]:
+    """How much higher one row of paired values is than another, and how sure that is.
+
+    Args:
+        one, other: values of the same runs, for example accuracies by seed; paired by their index.
+        confidence: of the interval, in (0, 1).
+
+    Returns:
+        The mean of `one - other`, and half the width of its t-interval: NaN with fewer than two pairs.
+    """
+    differences = (one - other).dropna()
+    quantile = stats.t.ppf(0.5 + confidence / 2, len(differences) - 1)
+    return float(differences.mean()), float(quantile * differences.sem())
+
+
+def compared(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Each variant of a study against one of them, over the seeds.
+
+    Args:
+        rows: of one study, a row a variant and seed, with cost and test_accuracy.
+        reference: a variant.
+
+    Returns:
+        Indexed by variant in order of appearance: cost and test_accuracy (means), behind (points that the variant is
+        below the reference on average, paired by seed) and half_width (of its 95 % interval); both NaN for the
+        reference itself.
+
+    Raises:
+        ValueError: the reference is not among the variants.
+    """
+    accuracies = rows.pivot(index="seed", columns="variant", values="test_accuracy")
+    if reference not in accuracies:
+        raise ValueError(f"no variant {reference!r}; there are: {', '.join(accuracies)}")
+    table = rows.groupby("variant", sort=False)[["cost", "test_accuracy"]].mean()
+    others = [variant for variant in table.index if variant != reference]
+    pairs = {variant: paired_difference(accuracies[reference], accuracies[variant]) for variant in others}
+    return table.join(pd.DataFrame.from_dict(pairs, orient="index", columns=["behind", "half_width"]))
 
 
 def table_1(records: pd.DataFrame, accuracy: str = "best_test_accuracy") -> pd.DataFrame:

@@ -118,7 +118,7 @@ def fit(
         evaluate: called with the suffix every `config.evaluate_every` epochs and after the last, outside the training
             time; returns percentages by name.
         memory_mib, scratch: limit and place of a cache of latents.
-        description: of the progress bar.
+        description: of the progress bar; empty: no bar.
         checkpoint: where the state after each epoch but the last is kept; None keeps nothing.
     """
     device, count = config.device, len(images)
@@ -150,7 +150,9 @@ def fit(
     costs.reset_peak_memory(device)
     energy = costs.energy_counter_j()
     done = len(run.history)
-    bar = tqdm(total=config.epochs * count, initial=done * count, desc=description, unit="image")
+    bar = tqdm(
+        total=config.epochs * count, initial=done * count, desc=description, unit="image", disable=not description
+    )
     for epoch in range(done, config.epochs):
         with stopwatch("train"):
             if isinstance(images, RandomViews):

@@ -21,6 +21,7 @@ LAYERS = [
     {"methods.*"},
     {"methods"},
     {"experiment"},
+    {"audit"},
     {"__main__"},
 ]
 ANYWHERE = {"__init__"}  # the package's own file: version and docstring

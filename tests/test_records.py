@@ -4,8 +4,10 @@ import math
 import os
 import subprocess
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from tiny import ROOT
 
 from piebridge import records
@@ -42,6 +44,59 @@ def test_table_1_has_the_appendix_shape(table):
     assert result.loc["Time"].tolist() == [0.25, 0.5, 1.5]
     assert result.loc["Acc."].tolist() == [92.0, 91.5, 92.0]
     assert records.table_1(table, "test_accuracy").loc["Acc."].tolist() == [91.5, 91.0, 90.5]
+
+
+def test_paired_difference_against_scipys_paired_test():
+    generator = np.random.default_rng(0)
+    for count in (2, 5, 12):
+        one, other = (pd.Series(generator.normal(80, 3, count)) for _ in range(2))
+        low, high = stats.ttest_rel(one, other).confidence_interval(0.95)
+        mean, half = records.paired_difference(one, other)
+        assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def test_paired_difference_by_hand():
+    """Differences 1, 2, 3, 4, 5: mean 3, standard deviation sqrt(2.5); the table's t for 4 degrees is 2.776."""
+    one = pd.Series([11.0, 22.0, 33.0, 44.0, 55.0])
+    mean, half = records.paired_difference(one, pd.Series([10.0, 20.0, 30.0, 40.0, 50.0]))
+    assert mean == 3
+    assert half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-3)
+    assert records.paired_difference(one, one) == (0, 0)
+    assert math.isnan(records.paired_difference(one[:1], one[:1])[1])
+
+
+def test_paired_difference_pairs_by_index():
+    one = pd.Series([1.0, 2.0, 3.0], index=[0, 1, 2])
+    other = pd.Series([3.0, 1.0, 2.0, 9.0], index=[2, 0, 1, 3])
+    assert records.paired_difference(one, other) == (0, 0)
+
+
+@pytest.fixture
+def routes():
+    rows = [("a", 0, 70.0), ("a", 1, 72.0), ("b", 1, 71.0), ("b", 0, 69.5)]
+    return pd.DataFrame(rows, columns=["variant", "seed", "test_accuracy"]).assign(study="tiny", cost=0.5)
+
+
+def test_compared_with_a_reference(routes):
+    table = records.compared(routes, "a")
+    assert list(table.index) == ["a", "b"]
+    assert list(table.columns) == ["cost", "test_accuracy", "behind", "half_width"]
+    assert table.loc["b"].tolist() == pytest.approx([0.5, 70.25, 0.75, 12.706 * 0.25], rel=1e-4)
+    assert table.loc["a", ["behind", "half_width"]].isna().all()
+    with pytest.raises(ValueError, match="no variant 'c'; there are: a, b"):
+        records.compared(routes, "c")
+
+
+def test_rows_of_other_keys_stay(routes, tmp_path):
+    path = tmp_path / "routes.csv"
+    records.replace_rows(path, routes, "study")
+    records.replace_rows(path, routes.assign(study="other"), "study")
+    records.replace_rows(path, routes[:1], "study")
+    assert pd.read_csv(path)["study"].tolist() == ["other"] * 4 + ["tiny"]
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"routes\.csv: another table: its columns are variant, seed"):
+        records.replace_rows(path, routes.drop(columns="cost"), "study")
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("method", ["full", "pet", "piebridge"])

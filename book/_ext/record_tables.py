@@ -1,9 +1,9 @@
 """The book's tables and figures of committed records, made of the CSV files when the book is built.
 
-`{record-table} file.csv` pivots the rows that `:where:` selects: `:index:`, `:columns:`, `:values:`. `{record-figure}
-file.csv` draws them, a line a variant (`:kind: compared`) or a point a subnet (`:kind: fidelity_against_macs`); its
-content is the caption.
-
+`{record-table} file.csv` pivots the rows that `:where:` selects: `:index:`, `:columns:`, `:values:`.
+`{record-comparison} file.csv` compares each study's variants with one of them, `:reference:`.
+`{record-figure} file.csv` draws rows, a line a variant (`:kind: compared`) or a point a subnet
+(`:kind: fidelity_against_macs`); its content is the caption.
 `{study-comparisons} end_to_end.csv` shows each study and regime of a file of whole runs, one after the other: a table
 of its methods and their accuracies over training time, from `end_to_end_history.csv` beside it. `:where:` selects runs.
 """
@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from piebridge import cloud_figures, figures
-from piebridge.records import speedups
+from piebridge import cloud_figures, figures, records
 
 OWN = "single runs on one data-centre GPU (H200), one seed"
 
@@ -51,6 +50,7 @@ class Records(SphinxDirective):
         return self.rows().pivot_table(index=index, columns=columns, values=self.options["values"], sort=False)
 
     def parsed(self, lines: StringList | list[str]) -> list[nodes.Node]:
+        """What lines of Markdown become."""
         container = nodes.container()
         self.state.nested_parse(StringList(lines, source="record_tables"), self.content_offset, container)
         return container.children
@@ -77,6 +77,22 @@ class RecordTable(Records):
             table = self.rows()[self.options["index"].split()]
         rows = [[_text(value, form) for value in row] for row in table.itertuples(index=False)]
         return self.parsed(_lines([name.replace("_", " ") for name in table.columns], rows))
+
+
+class RecordComparison(Records):
+    option_spec: ClassVar = {name: directives.unchanged for name in ("where", "reference")}
+
+    def run(self) -> list[nodes.Node]:
+        reference = self.options["reference"]
+        names = ["variant", "cost", "accuracy (%)", f"points below “{reference}”"]
+        text = []
+        for study, rows in self.rows().groupby("study", sort=False):
+            cells = [
+                [variant, f"{row['cost']:.3f}", f"{row['test_accuracy']:.2f}", _interval(row)]
+                for variant, row in records.compared(rows, reference).iterrows()
+            ]
+            text += [f"`{study}`, {rows['seed'].nunique()} seeds:", "", *_lines(names, cells), ""]
+        return self.parsed(text)
 
 
 class RecordFigure(Records):
@@ -132,7 +148,7 @@ def _comparison(runs: pd.DataFrame) -> list[str]:
         "faster_than_full": ("times faster than `full`", ".2f"), "test_accuracy": ("accuracy, %", ".2f"),
         "points_above_pet": ("points above `pet`", "+.2f"), "memory_to_pet": ("peak memory, times `pet`'s", ".2f"),
     }
-    table = speedups(runs)
+    table = records.speedups(runs)
     header = ["method", *(heading for heading, _ in columns.values())]
     rows = [
         [f"`{method}`", *(_text(row[name], form) for name, (_, form) in columns.items())]
@@ -143,6 +159,10 @@ def _comparison(runs: pd.DataFrame) -> list[str]:
 
 def _lines(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
+
+
+def _interval(row: pd.Series) -> str:
+    return "-" if pd.isna(row["behind"]) else f"{row['behind']:+.2f} ± {row['half_width']:.2f}"
 
 
 def _whole(name: Any) -> tuple:
@@ -174,6 +194,7 @@ def _cut(row: pd.Series) -> str:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("record-table", RecordTable)
+    app.add_directive("record-comparison", RecordComparison)
     app.add_directive("record-figure", RecordFigure)
     app.add_directive("study-comparisons", StudyComparisons)
     return {"parallel_read_safe": True}

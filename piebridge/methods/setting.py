@@ -81,7 +81,8 @@ def frozen_plan(setting: Setting, cached: bool) -> Plan:
 
 
 def shared_plan(
-    setting: Setting, choice: Optional[Choice] = None, cached: bool = False, difficulty: Optional[Tensor] = None
+    setting: Setting, choice: Optional[Choice] = None, cached: bool = False, difficulty: Optional[Tensor] = None,
+    permanent: bool = False,
 ) -> Plan:
     """A cheap subnet, and the original for the share of images that the budget leaves.
 
@@ -93,6 +94,7 @@ def shared_plan(
         choice: of the images that get the original; default: the study's.
         cached: keep every latent.
         difficulty: shape (N,): known already, and all that decides; default: the loss, and the router's difficulty.
+        permanent: the router's difficulty alone decides, whatever the losses.
     """
     study, routing = setting.study, setting.study.routing
     parts, seconds = setting.split(), {}
@@ -100,15 +102,13 @@ def shared_plan(
     networks = {0: parts.prefix, route: setting.family.networks[route]}
     runners, engine_seconds = setting.runners(networks)
     seconds["engine"] = engine_seconds + setting.calibration_seconds
-    permanent, router_cost = difficulty is not None, 0.0
-    if routing.difficulty and choice != "random" and not permanent:
+    permanent, router_cost = permanent or difficulty is not None, 0.0
+    if routing.difficulty and choice != "random" and difficulty is None:
         start = time.perf_counter()
         read = [setting.router.difficulty(batch) for batch in setting.images.split(ROUTER_BATCH)]
         difficulty = routing.difficulty * ranks(torch.cat(read))
         seconds["router"] = time.perf_counter() - start
-        example = setting.backbone.example()
-        prefix_macs = costs.macs(parts.prefix, example.to(study.training.device))
-        router_cost = costs.macs(setting.router.body, example) / prefix_macs
+        router_cost = relative_router_cost(setting, parts.prefix)
     count, epochs = len(setting.images), study.training.epochs
     remembers = routing.correction and routing.residuals and study.training.regime == "augmented"
     pairs, refit = (routing.pairs, routing.refit_pairs) if routing.correction else (0, 0)
@@ -123,6 +123,13 @@ def shared_plan(
         buy_epochs=max(1, epochs // 3) if cached else 0, permanent=permanent,
     )
     return Plan(parts, networks, runners, policy, cached, routing.correction, remembers, seconds)
+
+
+def relative_router_cost(setting: Setting, prefix: nn.Module) -> float:
+    """Multiply-accumulates of the router's pass over an image, relative to those of the original prefix."""
+    example = setting.backbone.example()
+    prefix_macs = costs.macs(prefix, example.to(setting.study.training.device))
+    return costs.macs(setting.router.body, example) / prefix_macs
 
 
 def cheap_route(setting: Setting) -> int:

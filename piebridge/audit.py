@@ -1,0 +1,248 @@
+"""The audit of routes: what each way of choosing an image's prefix is worth, at the same budget and over many seeds.
+
+Every variant is a method, or one with other routing parameters, and is trained by the one training loop. Only the
+latents come from elsewhere: each network runs once over all images, and afterwards its latents are looked up. So
+accuracies and counts of passes are those of real runs, but for the rounding that depends on which images share a pass,
+and seconds are not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Optional
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .config import Study, StudyError
+from .costs import Stopwatch
+from .engines import Runner
+from .experiment import open_experiment, split_accuracy
+from .latents import LatentSource
+from .methods import REGISTRY, Setting, calibrate, fixed
+from .methods.setting import ROUTER_BATCH, cheap_route, most_faithful, relative_router_cost, shared_plan
+from .router import Router
+from .routing import NO_PAIRS
+from .subnets import Family
+from .training import Outcome, Plan, fit
+
+DIFFICULTY = 1.0  # its weight beside the loss, if the study gives it none
+TUNED = ("pet", "fixed", "random", "piebridge")  # methods whose learning rates the variants have
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of choosing each image's prefix.
+
+    Attributes:
+        name: in the field's words.
+        method: of the registry; the variant has its learning rate.
+        plan: makes the plan; default: the method's own.
+        difficulty: whether the router's difficulty has a weight.
+        routing: parameters that differ from: highest, corrected.
+    """
+
+    name: str
+    method: str
+    plan: Optional[Callable[[Setting], Plan]] = None
+    difficulty: bool = False
+    routing: dict[str, Any] = field(default_factory=dict)
+
+    def study(self, study: Study) -> Study:
+        """The study with this variant's routing parameters."""
+        weight = study.routing.difficulty if self.difficulty else 0.0
+        update = {"choice": "highest", "correction": True, "difficulty": weight} | self.routing
+        return study.model_copy(update={"routing": study.routing.model_copy(update=update)})
+
+
+REFERENCE = "highest loss"  # PieBridge's own routes
+VARIANTS = (
+    Variant("original", "pet"),
+    Variant("best subnet", "fixed"),
+    Variant("best subnet, uncorrected", "fixed", routing={"correction": False}),
+    Variant("cheap subnet", "fixed", lambda setting: fixed.plan(setting, cheap_route(setting))),
+    Variant("drawn uniformly", "random"),
+    Variant("lowest similarity", "oracle"),
+    Variant(REFERENCE, "piebridge"),
+    Variant("highest loss, uncorrected", "piebridge", routing={"correction": False}),
+    Variant("drawn by loss", "piebridge", routing={"choice": "drawn"}),
+    Variant("highest difficulty", "piebridge", lambda setting: shared_plan(setting, permanent=True), difficulty=True),
+    Variant("highest loss and difficulty", "piebridge", difficulty=True),
+)
+
+
+def audit(study: Study, seeds: Sequence[int]) -> pd.DataFrame:
+    """Train with every variant and seed.
+
+    Learning rates are the study's (`training.learning_rate`) of the method that a variant belongs to, or else the best
+    of `training.learning_rates` on the validation split, by training on the training split alone. The oracle's is
+    PieBridge's, unless the study names one.
+
+    Args:
+        study: of the plain regime, with a family and its router.
+        seeds: of heads, orders and draws.
+
+    Returns:
+        A row a variant and seed: study, dataset, backbone, variant, seed, cost (of a latent on average, relative to
+        the original's: every pass of a member, and the router's), learning_rate, test_accuracy (percent, after the
+        last epoch).
+
+    Raises:
+        StudyError: the study is of another regime, in which no latent can be looked up.
+        StudyError, DataError, WeightsError, FamilyError: what the study needs is not there.
+        ValueError: the budget does not pay for the cheap subnet.
+    """
+    require_plain(study)
+    runs = _Runs(study)
+    rates = runs.learning_rates()
+    rows = []
+    for variant, seed in tqdm(list(product(VARIANTS, seeds)), desc=study.name, unit="run"):
+        plan, outcome = runs.train(variant, seed, rates[variant.method], "test")
+        rows.append({
+            "study": study.name, "dataset": study.data.name, "backbone": study.backbone.name, "variant": variant.name,
+            "seed": seed, "cost": round(runs.cost(plan, outcome), 4), "learning_rate": rates[variant.method],
+            "test_accuracy": round(outcome.history["accuracy"].iloc[-1], 4),
+        })
+    return pd.DataFrame(rows)
+
+
+def require_plain(study: Study) -> None:
+    """Raise a StudyError unless an image looks the same in every epoch."""
+    if study.training.regime != "plain":
+        raise StudyError(
+            f"{study.name}: training.regime is {study.training.regime}, but the audit looks latents up, which is exact "
+            "in the plain regime only"
+        )
+
+
+class _Runs:
+    """A study made ready, each of its latents computed at most once.
+
+    Attributes:
+        costs: of a latent of each member that some variant needs, relative to the original's.
+    """
+
+    def __init__(self, study: Study) -> None:
+        update = {"difficulty": study.routing.difficulty or DIFFICULTY}  # some variant asks the router
+        study = study.model_copy(update={
+            "routing": study.routing.model_copy(update=update),
+            "training": study.training.model_copy(update={
+                "methods": (*TUNED, "oracle"), "evaluate_every": study.training.epochs,
+            }),
+        })
+        self.study, self.experiment = study, open_experiment(study)
+        setting = self.experiment.setting
+        cheap, best = cheap_route(setting), most_faithful(setting.family, study.routing.cost)
+        self.costs = {0: 1.0, best: _relative_cost(setting, best), cheap: setting.relative_cost}
+        self.setting = _looked_up(setting, list(self.costs), self.experiment.folder)
+        self.router_cost = relative_router_cost(setting, setting.split().prefix)
+
+    def learning_rates(self) -> dict[str, float]:
+        """By method; those that the study does not name are tuned, each on the first of its variants."""
+        training, splits = self.study.training, self.experiment.task.splits
+        chosen = dict(training.learning_rate)
+        missing = [method for method in TUNED if method not in chosen]
+        reached: dict[str, dict[float, float]] = {method: {} for method in missing}
+        tried = list(product(missing, training.learning_rates))
+        for method, rate in tqdm(tried, desc=f"{self.study.name}, tuning", unit="run", disable=not tried):
+            variant = next(variant for variant in VARIANTS if variant.method == method)
+            _, outcome = self.train(variant, self.study.seed, rate, "validation", len(splits["train"]))
+            reached[method][rate] = outcome.history["accuracy"].iloc[-1]
+        chosen |= {method: max(accuracies, key=accuracies.get) for method, accuracies in reached.items()}
+        return {"oracle": chosen["piebridge"]} | chosen
+
+    def train(
+        self, variant: Variant, seed: int, learning_rate: float, split: str, count: Optional[int] = None
+    ) -> tuple[Plan, Outcome]:
+        """Train with a variant on the first `count` images, by default all, and test on a split.
+
+        Training images come first and those held out for validation behind them.
+        """
+        task = self.experiment.task
+        labels = task.labels[torch.cat([task.splits["train"], task.splits["validation"]])][:count]
+        setting = replace(
+            self.setting, study=variant.study(self.study), images=self.setting.images[:count], seed=seed
+        )
+        torch.manual_seed(seed)
+        plan = (variant.plan or REGISTRY[variant.method])(setting)
+
+        def evaluate(suffix: nn.Module) -> dict[str, float]:
+            return {"accuracy": split_accuracy(self.experiment, plan, suffix, split)}
+
+        outcome = fit(
+            plan, setting.images, labels, self.study.training, learning_rate, seed, evaluate, description=""
+        )
+        return plan, outcome
+
+    def cost(self, plan: Plan, outcome: Outcome) -> float:
+        """Mean cost of a latent relative to the original's: all passes, the pairs' and the router's among them."""
+        count = len(self.setting.images)
+        spent = sum(images * self.costs[member] for member, images in outcome.computed.items())
+        spent += count * self.router_cost if "router" in plan.seconds else 0.0
+        return spent / (count * self.study.training.epochs)
+
+
+def _relative_cost(setting: Setting, route: int) -> float:
+    """A subnet's relative cost, found as that of the routed one is."""
+    routing = setting.study.routing.model_copy(update={"subnet": route})
+    return calibrate(replace(setting, study=setting.study.model_copy(update={"routing": routing}))).relative_cost
+
+
+# ----------------------------------------------------------------------------------------------------- looking up
+
+
+class _LookedUpSetting(Setting):
+    """A setting whose images are their numbers, int64 (N,), and whose networks look up what is known of them."""
+
+    def runners(self, networks: dict[int, nn.Module]) -> tuple[dict[int, Runner], float]:
+        return {index: self.family.networks[index] for index in networks}, 0.0
+
+
+class _KnownMember(nn.Module):
+    """In a member's place: numbers of images, int64 (B,), to the member's latents."""
+
+    def __init__(self, source: LatentSource, route: int) -> None:
+        super().__init__()
+        self.source, self.route = source, route
+
+    def forward(self, indices: Tensor) -> Tensor:
+        indices = indices.cpu()
+        return self.source.window(indices, torch.full_like(indices, self.route), NO_PAIRS, self.route)
+
+
+class _KnownRouter:
+    """In the router's place: numbers of images, int64 (B,), to their difficulties."""
+
+    def __init__(self, router: Router, images: Tensor) -> None:
+        self.body = router.body
+        self.known = torch.cat([router.difficulty(batch) for batch in images.split(ROUTER_BATCH)])
+
+    def difficulty(self, indices: Tensor) -> Tensor:
+        return self.known[indices]
+
+
+def _looked_up(setting: Setting, members: list[int], folder: Path) -> _LookedUpSetting:
+    """The setting with latents of these members computed for all of its images.
+
+    Latents above `data.memory_mib` a member are kept in a file in `folder`.
+    """
+    study, training, family = setting.study, setting.study.training, setting.family
+    networks = {0: setting.split().prefix} | {index: family.networks[index] for index in members if index}
+    runners, _ = setting.runners(networks)
+    source = LatentSource(
+        setting.images, runners, training.prefix_batch, training.device, Stopwatch(training.device), cached=True,
+        memory_mib=study.data.memory_mib, scratch=folder,
+    )
+    known = [_KnownMember(source, index) for index in range(len(family))]
+    indices = torch.arange(len(setting.images))
+    passes = list(product(members, indices.split(training.window)))
+    for member, window in tqdm(passes, desc=f"{study.name}, latents", unit="window"):
+        known[member](window)
+    kept = {"images": indices, "family": Family(family.manifest, known)}
+    router = _KnownRouter(setting.router, setting.images)
+    return _LookedUpSetting(**vars(setting) | kept | {"router": router})

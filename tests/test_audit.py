@@ -1,0 +1,148 @@
+"""The audit of routes: every variant trains, at its cost, and looking latents up changes nothing."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from tiny import ROOT, copied_state, same_tensors, tiny_study
+
+from piebridge.audit import REFERENCE, VARIANTS, _Runs, audit
+from piebridge.config import StudyError, load_study
+from piebridge.experiment import split_accuracy
+from piebridge.methods import REGISTRY
+from piebridge.training import fit
+
+COLUMNS = ["study", "dataset", "backbone", "variant", "seed", "cost", "learning_rate", "test_accuracy"]
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+UNROUTED = ("original", "best subnet", "best subnet, uncorrected", "cheap subnet")
+
+
+@pytest.fixture(scope="module")
+def table(tiny):
+    return audit(tiny.study, (0, 1))
+
+
+@pytest.fixture(scope="module")
+def runs(tiny):
+    """Passes of one image, so that a latent cannot depend on those computed beside it."""
+    return _Runs(tiny_study("training.prefix_batch=1"))
+
+
+def test_a_row_a_variant_and_seed(table):
+    assert list(table.columns) == COLUMNS
+    assert list(zip(table["variant"], table["seed"])) == [(name, seed) for name in BY_NAME for seed in (0, 1)]
+    assert (table["learning_rate"] == 0.01).all()
+    assert table["test_accuracy"].between(0, 100).all()
+    assert table["test_accuracy"].nunique() > 5
+
+
+def test_variants_that_share_out_a_budget_cost_as_much(tiny, table):
+    costs, budget = table.groupby("variant")["cost"].mean(), tiny.study.routing.cost
+    assert costs["original"] == 1
+    assert costs.drop(list(UNROUTED)).tolist() == pytest.approx([budget] * 7, rel=0.02)
+    assert costs["cheap subnet"] < costs["best subnet"] < budget
+    assert costs["best subnet, uncorrected"] < costs["best subnet"]
+
+
+def test_cost_by_hand(runs):
+    """90 images, 3 epochs, 10 pairs."""
+    cheap, count, epochs, pairs = runs.costs[2], 90, 3, 10
+    plan, outcome = runs.train(BY_NAME["cheap subnet"], 0, 0.01, "test")
+    assert len(runs.setting.images) == count
+    assert runs.cost(plan, outcome) == pytest.approx((epochs * count * cheap + pairs) / (epochs * count))
+    plan, outcome = runs.train(BY_NAME["highest difficulty"], 0, 0.01, "test")
+    originals = pairs + (epochs - 1) * round(plan.policy.share * count)
+    subnets = epochs * count - originals + pairs
+    expected = (originals + subnets * cheap + runs.router_cost * count) / (epochs * count)
+    assert 0 < runs.router_cost < 0.2
+    assert runs.cost(plan, outcome) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_looking_up_changes_no_bit(runs, name):
+    """The same method, seed and rate on the images themselves, nothing cached."""
+    variant, experiment = BY_NAME[name], runs.experiment
+    plan, outcome = runs.train(variant, 1, 0.01, "test")
+    task = experiment.task
+    setting = replace(experiment.setting, study=variant.study(runs.study), seed=1)
+    torch.manual_seed(1)
+    real = (variant.plan or REGISTRY[variant.method])(setting)
+    labels = task.labels[torch.cat([task.splits["train"], task.splits["validation"]])]
+    computed = fit(real, setting.images, labels, runs.study.training, 0.01, 1, lambda suffix: {}).computed
+    assert not real.cached
+    assert setting.images.dim() == 4
+    assert same_tensors(copied_state(plan.split.suffix), copied_state(real.split.suffix))
+    assert outcome.history["accuracy"].iloc[-1] == split_accuracy(experiment, real, real.split.suffix, "test")
+    assert outcome.computed == computed
+
+
+def test_each_latent_is_computed_once(runs):
+    source = runs.setting.family.networks[0].source
+    before = dict(source.computed)
+    runs.train(BY_NAME["lowest similarity"], 0, 0.01, "test")
+    assert source.computed == before == dict.fromkeys(runs.costs, len(runs.setting.images))
+
+
+def test_adapters_have_latents_that_are_maps(tiny):
+    runs = _Runs(tiny_study("pet.kind=adapter pet.bottleneck=4 cloud.family=auto routing.cost=0.6"))
+    plan, outcome = runs.train(BY_NAME[REFERENCE], 0, 0.01, "test")
+    assert runs.setting.family.networks[0](torch.arange(2)).dim() == 4
+    assert runs.cost(plan, outcome) == pytest.approx(0.6, rel=0.02)
+
+
+def test_rates_that_the_study_does_not_name_are_tuned(tiny):
+    named = "training.learning_rate={} training.learning_rate.pet=0.02"
+    rates = _Runs(tiny_study(f"{named} training.learning_rates=[1e-6,0.01]")).learning_rates()
+    assert rates["pet"] == 0.02
+    assert {rates[method] for method in ("fixed", "random", "piebridge", "oracle")} <= {1e-6, 0.01}
+    assert rates["piebridge"] == rates["oracle"] == 0.01
+
+
+def test_the_augmented_regime_is_refused(tiny):
+    with pytest.raises(StudyError, match=r"tiny: training\.regime is augmented"):
+        audit(tiny_study("training.regime=augmented"), (0,))
+
+
+def test_committed_table_is_whole():
+    """book/records/routes.csv, where there is one: all variants and seeds, at the budgets of the studies."""
+    path = ROOT / "book" / "records" / "routes.csv"
+    if not path.is_file():
+        pytest.skip("no table of routes is committed")
+    table = pd.read_csv(path)
+    assert list(table.columns) == COLUMNS
+    for study, rows in table.groupby("study"):
+        expected = [(name, seed) for name in BY_NAME for seed in sorted(rows["seed"].unique())]
+        assert list(zip(rows["variant"], rows["seed"])) == expected
+        budgeted = rows[~rows["variant"].isin(UNROUTED)]
+        assert budgeted["cost"].tolist() == pytest.approx([load_study(study).routing.cost] * len(budgeted), rel=0.02)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "piebridge", "audit", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_command_keeps_the_rows_of_other_studies(tiny, table, tmp_path):
+    output = tmp_path / "new" / "routes.csv"
+    output.parent.mkdir()
+    pd.concat([table.assign(study="other"), table]).to_csv(output, index=False)
+    ended = command(str(ROOT / "tests" / "tiny.yaml"), "--seeds", "0", "1", "--output", str(output))
+    assert ended.returncode == 0, ended.stderr
+    written = pd.read_csv(output)
+    assert written["study"].tolist() == ["other"] * len(table) + ["tiny"] * len(table)
+    pd.testing.assert_frame_equal(written[written["study"] == "tiny"].reset_index(drop=True), table)
+    assert all(any(line.startswith(name) for line in ended.stdout.splitlines()) for name in BY_NAME)
+
+
+def test_command_refuses_before_it_trains(tmp_path):
+    output = tmp_path / "routes.csv"
+    study = str(ROOT / "tests" / "tiny.yaml")
+    ended = command(study, "--set", "training.regime=augmented", "--output", str(output))
+    assert ended.returncode == 2
+    assert "training.regime" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not output.exists()
