@@ -10,7 +10,7 @@ import torch
 from tiny import ROOT, copied_state, same_tensors, tiny_study
 
 from piebridge.audit import REFERENCE, VARIANTS, _Runs, audit
-from piebridge.config import StudyError, load_study
+from piebridge.config import Study, StudyError, load_study
 from piebridge.experiment import split_accuracy
 from piebridge.methods import REGISTRY
 from piebridge.training import fit
@@ -37,6 +37,10 @@ def test_a_row_a_variant_and_seed(table):
     assert (table["learning_rate"] == 0.01).all()
     assert table["test_accuracy"].between(0, 100).all()
     assert table["test_accuracy"].nunique() > 5
+
+
+def test_the_reference_is_what_piebridge_does_by_default():
+    assert BY_NAME[REFERENCE].study(Study(name="default")) == Study(name="default")
 
 
 def test_variants_that_share_out_a_budget_cost_as_much(tiny, table):
