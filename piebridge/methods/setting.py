@@ -24,7 +24,7 @@ from ..subnets import Family
 from ..training import Plan
 
 ROUTER_BATCH = 64
-TIMED_BATCHES = 5  # on which subnet and original are compared
+TIMED_BATCHES = 3  # on which subnet and original are compared
 
 
 @dataclass(frozen=True)
