@@ -47,7 +47,7 @@ clean:  ## remove everything that was made, but not .venv
 	  { echo "error: $(PYTHON) is older than Python 3.11; call make with PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "Setting up .venv (a few minutes, once) ..."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt \
-	  | grep --line-buffered -E '^(Collecting|Installing|Successfully)'
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt \
+	  | awk '/^(Collecting|Installing|Successfully)/ { print; fflush() }'
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
 	@touch $@
