@@ -244,5 +244,6 @@ def _looked_up(setting: Setting, members: list[int], folder: Path) -> _LookedUpS
     for member, window in tqdm(passes, desc=f"{study.name}, latents", unit="window"):
         known[member](window)
     kept = {"images": indices, "family": Family(family.manifest, known)}
+    kept["original_seconds"] = None  # looking up takes no time: costs are as expected
     router = _KnownRouter(setting.router, setting.images)
     return _LookedUpSetting(**vars(setting) | kept | {"router": router})

@@ -103,6 +103,10 @@ class SubnetSpec(Section):
         (), description="Several sides instead: a subnet for each, which have their dense convolutions in common and "
         "batch norms of their own."
     )
+    common: tuple[str, ...] = Field(
+        (), description="resolutions: only the blocks whose names begin so have their convolutions in common, for "
+        "example [layer3, layer4], where most weights and little time are; default: all."
+    )
     shared: tuple[str, ...] = Field(
         (), description="Blocks whose dense convolutions stay the original's, neither aligned nor stored; width 1 only."
     )
@@ -113,6 +117,8 @@ class SubnetSpec(Section):
             raise ValueError("shared blocks keep all their channels: give width 1, or leave shared out")
         if self.resolutions and (self.shared or self.resolution is not None):
             raise ValueError("resolutions go neither with resolution nor with shared")
+        if self.common and not self.resolutions:
+            raise ValueError("common says what several resolutions have in common: give resolutions, or leave it out")
         return self
 
 

@@ -148,15 +148,18 @@ def cut_set(
 ) -> list[Cut]:
     """The subnets that a specification asks for: one, or one a resolution, led by the first.
 
-    Args, Raises: as `cut_subnet`.
+    Args, Raises: as `cut_subnet`; also a ValueError if `common` fits no block.
     """
     if not spec.resolutions:
         network, removed = cut_subnet(prefix, spec, images, config)
         return [Cut(spec, network, removed, prefix if spec.shared else None, spec.shared)]
-    specs = [spec.model_copy(update={"resolution": side, "resolutions": ()}) for side in spec.resolutions]
+    specs = [spec.model_copy(update={"resolution": side, "resolutions": (), "common": ()}) for side in spec.resolutions]
     leader, removed = cut_subnet(prefix, specs[0], images, config)
     cuts = [Cut(specs[0], leader, removed)]
-    blocks = tuple(name for name, _ in leader.named_children())
+    names = [name for name, _ in leader.named_children()]
+    blocks = tuple(name for name in names if name.startswith(spec.common or ("",)))
+    if not blocks:
+        raise ValueError(f"common: no block's name begins with {' or '.join(spec.common)}; blocks: {', '.join(names)}")
     for other in specs[1:]:
         network = copy.deepcopy(leader)
         network.input.resolution = other.resolution

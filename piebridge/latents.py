@@ -33,6 +33,8 @@ class LatentSource:
         cached: keep every (image, member) latent and never compute it again.
         correction: of all members but the original, or None.
         residuals: what to remember of the corrected members' errors, or None.
+        prices: expected cost of each member's pass over an image, relative to the original's, for `account`.
+        original_seconds: of the original's pass over an image, on this device; None: prices are as expected.
         memory_mib: a member's cache above this size goes to a memory-mapped file in `scratch`.
     """
 
@@ -40,11 +42,14 @@ class LatentSource:
         self, images: Union[Tensor, RandomViews], runners: dict[int, Runner], batch_size: int, device: str,
         stopwatch: Stopwatch, cached: bool = False, correction: Optional[Correction] = None, memory_mib: int = 2048,
         scratch: Optional[Path] = None, residuals: Optional[Residuals] = None,
+        prices: Optional[dict[int, float]] = None, original_seconds: Optional[float] = None,
     ) -> None:
         self.images, self.runners, self.batch_size, self.device = images, runners, batch_size, device
         self.stopwatch, self.cached, self.correction, self.residuals = stopwatch, cached, correction, residuals
         self.memory_mib, self.scratch = memory_mib, scratch
+        self.prices, self.original_seconds = prices or {}, original_seconds
         self.computed = dict.fromkeys(runners, 0)  # images run through each member
+        self.seconds = dict.fromkeys(runners, 0.0)  # that took
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # member: (latents, which are there)
 
     def window(self, indices: Tensor, routes: Tensor, pairs: Tensor, pair_route: int) -> Tensor:
@@ -77,6 +82,18 @@ class LatentSource:
             latents[places.to(part.device)] = part
         return latents
 
+    def account(self) -> tuple[float, dict[int, float]]:
+        """What all passes have cost so far, and what each member's pass over an image costs, in the original's passes.
+
+        Where `original_seconds` is known, by the clock, else by the expected prices.
+        """
+        prices = dict(self.prices)
+        if self.original_seconds is not None:
+            for route, count in self.computed.items():
+                if count:
+                    prices[route] = self.seconds[route] / count / self.original_seconds
+        return sum(count * prices[route] for route, count in self.computed.items()), prices
+
     def _pair(self, indices: Tensor, original: Tensor, pairs: Tensor, route: int) -> None:
         paired = torch.isin(indices, pairs)
         if self.correction is not None and paired.any():
@@ -107,7 +124,10 @@ class LatentSource:
 
     def state(self) -> dict[str, Any]:
         """Counts and caches, for a checkpoint; the caches themselves, not copied."""
-        state: dict[str, Any] = {"computed": {str(route): count for route, count in self.computed.items()}}
+        state: dict[str, Any] = {
+            "computed": {str(route): count for route, count in self.computed.items()},
+            "seconds": {str(route): seconds for route, seconds in self.seconds.items()},
+        }
         for route, (latents, there) in self._stores.items():
             state |= {f"latents.{route}": latents, f"there.{route}": there}
         return state
@@ -115,6 +135,7 @@ class LatentSource:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.computed = {int(route): count for route, count in state["computed"].items()}
+        self.seconds = {int(route): seconds for route, seconds in state["seconds"].items()}
         for name, there in state.items():
             kind, _, route = name.partition(".")
             if kind == "there":
@@ -124,13 +145,14 @@ class LatentSource:
 
     def _compute(self, route: int, indices: Tensor) -> Tensor:
         self.computed[route] += len(indices)
-        parts = []
+        parts, before = [], self.stopwatch.seconds["prefix"]
         # about `batch_size` each and of equal size: a last pass for one or two images would cost nearly a whole one
         for chosen in indices.tensor_split(max(1, round(len(indices) / self.batch_size))):
             with self.stopwatch("data"):
                 batch = self.images[chosen].to(self.device)
             with self.stopwatch("prefix"):
                 parts.append(self.runners[route](batch))
+        self.seconds[route] += self.stopwatch.seconds["prefix"] - before
         return torch.cat(parts)
 
     def _new_store(self, example: Tensor) -> tuple[Tensor, Tensor]:

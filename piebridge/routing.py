@@ -191,6 +191,9 @@ class FixedRoute:
     def observe(self, indices: Tensor, losses: Tensor) -> None:
         """Losses, shape (B,), of the images that were just trained on; a fixed route does not care."""
 
+    def account(self, spent: float, prices: dict[int, float]) -> None:
+        """What latents have cost so far; a fixed route does not care."""
+
     def state(self) -> dict[str, Any]:
         """Nothing changes from epoch to epoch."""
         return {}
@@ -219,12 +222,16 @@ class SharedRoute:
         buy_epochs: 0: the share is chosen anew in every epoch. Else (with a cache, where an original latent is paid
             once): the share grows evenly over so many epochs and an image that got the original keeps it.
         permanent: the highest difficulty alone decides, whatever the losses.
+        budget: to be met: the share follows what latents turn out to cost, see `account`; None: it stays.
     """
 
     def __init__(
         self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, choice: Choice = "highest",
         difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0, permanent: bool = False,
+        budget: Optional[Budget] = None,
     ) -> None:
+        self.expected_share, self.budget = share, budget
+        self.known_costs: Optional[tuple[float, float, float]] = None
         self.count, self.route, self.share, self.permanent = count, route, share, permanent
         self.pairs, self.refit_pairs, self.choice = min(pairs, count), refit_pairs, choice
         self.buy_epochs = buy_epochs
@@ -242,6 +249,8 @@ class SharedRoute:
             self.bought[pairs] = True
             return EpochPlan(routes, pairs)
         priority = self._priority()
+        if self.budget is not None and self.known_costs is not None:
+            self.share = self.budget.share(epoch, *self.known_costs)
         wanted = round(self.share * self.count)
         if self.buy_epochs:
             wanted = round(wanted * min(1.0, epoch / self.buy_epochs)) + len(order[: self.pairs])
@@ -256,6 +265,10 @@ class SharedRoute:
         """Remember the losses, shape (B,), of the images that were just trained on."""
         self.losses[indices] = losses
 
+    def account(self, spent: float, prices: dict[int, float]) -> None:
+        """What latents have cost so far, and each member's pass over an image, in passes of the original."""
+        self.known_costs = (spent, prices[0], prices[self.route])
+
     def state(self) -> dict[str, Any]:
         """Losses, what was bought and generator, for a checkpoint."""
         return {"losses": self.losses, "bought": self.bought, "generator": self.generator.get_state()}
@@ -266,7 +279,7 @@ class SharedRoute:
         self.generator.set_state(state["generator"])
 
     def describe(self) -> str:
-        return f"subnet {self.route}, {100 * self.share:.0f} % original"
+        return f"subnet {self.route}, {100 * self.expected_share:.0f} % original"
 
     def _priority(self) -> Tensor:
         noise = torch.rand(self.count, generator=self.generator)
@@ -289,10 +302,42 @@ def ranks(values: Tensor) -> Tensor:
     return result
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent on the latents of a whole training, in passes of the original over an image.
+
+    Attributes:
+        total: of all passes, the pairs' and the router's among them.
+        count: training images, N.
+        epochs: of training.
+        refit: at most so many images of the original's share are paired in every epoch after the first.
+    """
+
+    total: float
+    count: int
+    epochs: int
+    refit: int
+
+    def share(self, epoch: int, spent: float, original: float, cheap: float) -> float:
+        """The share of images that may get the original in each epoch from this one on, such that the budget is met.
+
+        Args:
+            epoch: the next one, counted from 0.
+            spent: so far.
+            original: cost of the original's pass over an image: 1, or what it turned out to be.
+            cheap: cost of the subnet's.
+        """
+        each = (self.total - spent) / (self.epochs - epoch) - self.count * cheap  # of an epoch, beside the subnet
+        wanted = each / original
+        if wanted > self.refit:  # an original saves a subnet's pass, unless it is a pair
+            wanted = (each - self.refit * cheap) / max(original - cheap, 1e-9)
+        return min(1.0, max(0.0, wanted / self.count))
+
+
 def original_share(
     budget: float, cheap: float, router: float, count: int, epochs: int, pairs: int, refit: int
 ) -> float:
-    """q: the share of images that get the original in each epoch after the first, such that a budget is met.
+    """q: the share of images that get the original in each epoch after the first, if all passes cost as expected.
 
     Args:
         budget: mean cost of a latent over the whole training, relative to the original's.
@@ -310,8 +355,7 @@ def original_share(
     left = budget * epochs * count - first - (epochs - 1) * count * cheap
     if left < 0:
         raise ValueError(_too_small("routing.cost", budget, budget - left / (epochs * count)))
-    each = left / max(1, epochs - 1)  # of a later epoch: an original saves a subnet's pass, unless it is a pair
-    return min(1.0, (each if each <= refit else (each - refit * cheap) / max(1 - cheap, 1e-9)) / count)
+    return Budget(budget * epochs * count, count, max(2, epochs), refit).share(1, first, 1.0, cheap)
 
 
 def cached_share(budget: float, cheap: float, router: float, count: int, pairs: int) -> float:

@@ -34,6 +34,8 @@ class Policy(Memory, Protocol):
 
     def observe(self, indices: Tensor, losses: Tensor) -> None: ...
 
+    def account(self, spent: float, prices: dict[int, float]) -> None: ...
+
     def describe(self) -> str: ...
 
 
@@ -49,6 +51,10 @@ class Plan:
         cached: keep latents.
         corrected: correct those of subnets.
         remembers: give each image back a part of what its corrected latents missed before.
+        prices: expected cost of each network's pass over an image relative to the original's, where the policy keeps
+            to a budget.
+        original_seconds: of the original's pass over an image, where the budget is kept by the clock.
+        upfront: spent of the budget before training (the router's pass), in passes of the original over an image.
         seconds: what preparing cost already, by item (engine, router); counts as training time.
         before_epoch: called with the epoch (from 0), the optimizer and the epoch's first batch (latents and labels);
             may change the suffix and the optimizer. Its time is counted under `engine`.
@@ -65,6 +71,9 @@ class Plan:
     cached: bool = False
     corrected: bool = False
     remembers: bool = False
+    prices: dict[int, float] = field(default_factory=dict)
+    original_seconds: Optional[float] = None
+    upfront: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     before_epoch: Optional[Callable[[int, torch.optim.SGD, Tensor, Tensor], None]] = None
     penalty: Optional[Callable[[Tensor], Tensor]] = None
@@ -134,7 +143,7 @@ def fit(
     residuals = Residuals(count) if plan.remembers else None
     source = LatentSource(
         images, plan.runners, config.prefix_batch, device, stopwatch, plan.cached, correction, memory_mib, scratch,
-        residuals,
+        residuals, plan.prices, plan.original_seconds,
     )
     generator = torch.Generator().manual_seed(seed)
     labels_there = labels.to(device)
@@ -159,6 +168,9 @@ def fit(
                 with stopwatch("data"):
                     images.start(epoch)
             order = torch.randperm(count, generator=generator)
+            if epoch and plan.prices:
+                spent, prices = source.account()
+                plan.policy.account(plan.upfront + spent, prices)
             epoch_plan = plan.policy.plan(epoch, order)
             losses, paired = [], 0
             for window in _windows(order, epoch_plan, config):

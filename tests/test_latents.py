@@ -125,3 +125,19 @@ def test_what_a_pair_missed_is_given_back_to_its_image():
     torch.testing.assert_close(latents[chosen], original[chosen])
     others = torch.tensor([0, 2, 3, 5])
     torch.testing.assert_close(latents[others], 3 * original[others])
+
+
+def test_what_latents_cost_is_accounted_by_price_or_by_the_clock():
+    source, _, stopwatch = source_of(prices={0: 1.0, 2: 0.25})
+    source.window(torch.arange(8), torch.tensor([0, 2, 0, 2, 2, 2, 0, 2]), torch.tensor([2]), 2)
+    assert source.computed == {0: 3, 2: 5}  # without a correction nothing is paired
+    assert source.account() == (3 + 5 * 0.25, {0: 1.0, 2: 0.25})
+    assert sum(source.seconds.values()) == pytest.approx(stopwatch.seconds["prefix"])
+    source.original_seconds, source.seconds = 2.0, {0: 6.6, 2: 2.0}
+    spent, prices = source.account()
+    assert prices == pytest.approx({0: 1.1, 2: 0.2})
+    assert spent == pytest.approx(8.6 / 2.0)
+    other, _, _ = source_of(prices={0: 1.0, 2: 0.25}, original_seconds=2.0)
+    assert other.account() == (0.0, {0: 1.0, 2: 0.25})  # nothing is known yet: as expected
+    other.restore(source.state())
+    assert other.account() == source.account()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from piebridge.routing import (
     POSITIONS,
     SHRINKAGES,
+    Budget,
     Correction,
     FixedRoute,
     Residuals,
@@ -372,6 +373,31 @@ def test_budget_is_met(budget, cheap, router, count, epochs, pairs, refit):
     assert 0 <= share < 1
     policy = SharedRoute(count, 1, share, pairs, refit)
     assert spent(policy, cheap, router, count, epochs) == pytest.approx(budget, abs=1 / count)
+
+
+@pytest.mark.parametrize("refit", [0, 30, 500])
+@pytest.mark.parametrize(("original", "cheap"), [(1.0, 0.2), (1.1, 0.27), (0.9, 0.15)])
+def test_budget_is_met_whatever_passes_turn_out_to_cost(original, cheap, refit):
+    count, epochs, pairs, router, asked = 500, 12, 50, 0.01, 0.4
+    budget = Budget(asked * epochs * count, count, epochs, refit)
+    share = original_share(asked, 0.2, router, count, epochs, pairs, refit)
+    policy, spent = SharedRoute(count, 1, share, pairs, refit, budget=budget), router * count
+    for epoch in range(epochs):
+        order = torch.randperm(count)
+        if epoch:
+            policy.account(spent, {0: original, 1: cheap})
+        plan = policy.plan(epoch, order)
+        policy.observe(order, torch.rand(count))
+        on_original = (plan.routes == 0).sum().item()
+        spent += on_original * original + (count - on_original + len(plan.pairs)) * cheap
+    assert spent / (epochs * count) == pytest.approx(asked, abs=0.002)
+    assert policy.describe() == f"subnet 1, {100 * share:.0f} % original"  # the same from start to end
+
+
+def test_a_budget_overspent_buys_no_more_originals():
+    budget = Budget(total=100.0, count=10, epochs=20, refit=3)
+    assert budget.share(10, spent=99.0, original=1.0, cheap=0.2) == 0.0
+    assert budget.share(19, spent=50.0, original=1.0, cheap=0.2) == 1.0
 
 
 def test_a_large_budget_buys_originals_for_all():

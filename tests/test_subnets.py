@@ -140,6 +140,25 @@ def test_what_subnets_share_is_stored_once(tmp_path, name, depth):
             assert not set(names) & set(load_file(tmp_path / "family" / facts.file))
 
 
+@pytest.mark.parametrize("common", [("layer3", "layer4"), ("layer4_1",), ()])
+def test_only_the_named_blocks_are_common(common):
+    prefix, _ = random_backbone("resnet18").cut("head")
+    leader, follower = cut_set(prefix, SubnetSpec(width=0.5, resolutions=(32, 16), common=common), random_images(2))
+    assert leader.leader is None and follower.leader is leader.network
+    for name, layer in leader.network.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            same = layer.weight is follower.network.get_submodule(name).weight
+            assert same == name.startswith(common or ("",)), name
+
+
+def test_common_blocks_must_exist_and_need_resolutions():
+    prefix, _ = random_backbone("resnet18").cut("head")
+    with pytest.raises(ValueError, match=r"common: no block's name begins with layer9; blocks: .*layer1_0"):
+        cut_set(prefix, SubnetSpec(resolutions=(32, 16), common=("layer9",)), random_images(2))
+    with pytest.raises(ValueError, match="give resolutions, or leave it out"):
+        SubnetSpec(common=("layer4",))
+
+
 def test_sharing_with_a_later_subnet_is_refused(folder):
     text = json.loads((folder / "manifest.json").read_text())
     text["subnets"][1]["shares_with"] = 2

@@ -19,7 +19,7 @@ from ..cutting import cut_subnet
 from ..engines import Runner, prepare
 from ..pet import Split, split
 from ..router import Router
-from ..routing import Choice, FixedRoute, SharedRoute, cached_share, original_share, ranks
+from ..routing import Budget, Choice, FixedRoute, SharedRoute, cached_share, original_share, ranks
 from ..subnets import Family
 from ..training import Plan
 
@@ -40,7 +40,8 @@ class Setting:
         family: subnets of the backbone's prefix; None if no method of the study needs them.
         router: of the family; None if the study gives difficulty no weight.
         relative_cost: of the cheap subnet, see `calibrate`; the same for all methods of an experiment.
-        calibration_seconds: what measuring it took; counted by every method that uses it.
+        original_seconds: of the original's pass over an image, likewise; None where costs are not measured.
+        calibration_seconds: what measuring took; counted by every method that uses it.
         side: of the input that the budget pays for, pixels, see `choose_side`; None: not chosen yet.
         side_seconds: what choosing it took, counted likewise.
     """
@@ -53,6 +54,7 @@ class Setting:
     family: Optional[Family] = None
     router: Optional[Router] = None
     relative_cost: float = 1.0
+    original_seconds: Optional[float] = None
     calibration_seconds: float = 0.0
     side: Optional[int] = None
     side_seconds: float = 0.0
@@ -121,8 +123,13 @@ def shared_plan(
     policy = SharedRoute(
         count, route, share, pairs, refit, choice or routing.choice, difficulty, setting.seed,
         buy_epochs=max(1, epochs // 3) if cached else 0, permanent=permanent,
+        budget=None if cached else Budget(routing.cost * epochs * count, count, epochs, refit),
     )
-    return Plan(parts, networks, runners, policy, cached, routing.correction, remembers, seconds)
+    return Plan(
+        parts, networks, runners, policy, cached, routing.correction, remembers,
+        prices={0: 1.0, route: setting.relative_cost}, original_seconds=setting.original_seconds,
+        upfront=router_cost * count, seconds=seconds,
+    )
 
 
 def relative_router_cost(setting: Setting, prefix: nn.Module) -> float:
@@ -154,7 +161,7 @@ def most_faithful(family: Family, limit: float) -> int:
 
 
 def calibrate(setting: Setting) -> Setting:
-    """The setting with the cheap subnet's relative cost: timed on this device now, or its MACs, as the study says.
+    """The setting with the costs of original and cheap subnet: timed on this device now, or MACs, as the study says.
 
     Original and subnet are timed in turn, so that a drift of the machine hits both.
     """
@@ -162,8 +169,10 @@ def calibrate(setting: Setting) -> Setting:
     route = cheap_route(setting)
     if study.routing.costs == "macs":
         return dataclasses.replace(setting, relative_cost=setting.family.relative_macs[route])
-    relative = _timed_cost(setting, setting.family.networks[0], setting.family.networks[route])
-    return dataclasses.replace(setting, relative_cost=relative, calibration_seconds=time.perf_counter() - start)
+    original, relative = _timed_cost(setting, setting.family.networks[0], setting.family.networks[route])
+    return dataclasses.replace(
+        setting, relative_cost=relative, original_seconds=original, calibration_seconds=time.perf_counter() - start
+    )
 
 
 def choose_side(setting: Setting) -> Setting:
@@ -184,7 +193,7 @@ def choose_side(setting: Setting) -> Setting:
         network = lower_prefix(setting, prefix, side)
         if routing.costs == "macs":
             return costs.macs(network, example) / costs.macs(prefix, example)
-        return _timed_cost(setting, prefix, network)
+        return _timed_cost(setting, prefix, network)[1]
 
     sides = range(backbone.resolution_step, backbone.resolution, backbone.resolution_step)
     paired = min(routing.pairs, count) / (study.training.epochs * count) if routing.correction else 0.0
@@ -205,19 +214,20 @@ def lower_prefix(setting: Setting, prefix: nn.Sequential, side: int) -> nn.Modul
     return cut_subnet(prefix, SubnetSpec(resolution=side), example)[0].requires_grad_(False)
 
 
-def _timed_cost(setting: Setting, original: nn.Module, cheap: nn.Module) -> float:
-    """Seconds of a cheap network's pass relative to the original's, at most 1: the median over batches of images.
+def _timed_cost(setting: Setting, original: nn.Module, cheap: nn.Module) -> tuple[float, float]:
+    """Seconds of the original's pass over an image, and of a cheap network's relative to that, at most 1.
 
-    Both are timed in turn on each batch, and each batch is another one, as in training.
+    Both are timed in turn on batches of other images, as in training; medians over the batches.
     """
     runners, _ = setting.runners({0: original, 1: cheap})
     size = setting.study.training.prefix_batch
     batches = setting.images[: (1 + TIMED_BATCHES) * size].to(setting.study.training.device).split(size)
-    ratios = []
+    rounds = []
     for batch in batches:
         whole, part = (_seconds(runner, batch) for runner in runners.values())
-        ratios.append(part / whole)
-    return min(1.0, statistics.median(ratios[1:] or ratios))  # the first batch warms up
+        rounds.append((whole / len(batch), part / whole))
+    seconds, relative = zip(*(rounds[1:] or rounds))  # the first batch warms up
+    return statistics.median(seconds), min(1.0, statistics.median(relative))
 
 
 def _seconds(runner: Runner, images: Tensor) -> float:
