@@ -6,6 +6,7 @@ continues there.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from dataclasses import dataclass, replace
@@ -123,6 +124,7 @@ def run(experiment: Experiment) -> pd.DataFrame:
             place = runs / f"{method}-seed{seed}"
             record = _finished(place)
             if record is None:
+                gc.collect()  # what the last run left behind would count in this one's peak memory
                 record = _run_one(experiment, method, seed, rates[method], place)
             else:
                 print(f"{method}, seed {seed}: done before, on {record.started_at}")
