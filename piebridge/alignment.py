@@ -76,6 +76,7 @@ def align(
     generator = torch.Generator(device).manual_seed(seed)
     prefix, tail = (network.to(device).to(memory_format=torch.channels_last) for network in (prefix, tail))
     members = [member.to(device).to(memory_format=torch.channels_last) for member in members]
+    _make_leaves(members)
     sample = images[torch.randint(len(images), (MOMENT_IMAGES,), generator=generator, device=device)]
     goal = Goal.of(prefix, random_crops(sample, resolution, config.crop_area, generator), config.loss)
     step = _Step(members, prefix, tail, goal, config, resolution, device, processes)
@@ -231,6 +232,20 @@ class _Step:
                 for buffer in member.buffers():
                     if buffer.is_floating_point():
                         buffer.copy_(reduce(buffer.clone(), "mean"))
+
+
+def _make_leaves(members: Sequence[nn.Module]) -> None:
+    """Put a new parameter on the same memory in the place of each one; what members have in common stays so.
+
+    Something may still refer to a graph in which the old ones took part (Torch-Pruning's graphs live until Python looks
+    for cycles). Then autograd waits in every backward pass for the stream of that graph, which no CUDA graph can record.
+    """
+    leaves: dict[nn.Parameter, nn.Parameter] = {}
+    for module in (module for member in members for module in member.modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight not in leaves:
+                leaves[weight] = nn.Parameter(weight.data, weight.requires_grad)
+            setattr(module, name, leaves[weight])
 
 
 def _flat_gradients(weights: Sequence[Tensor]) -> Tensor:

@@ -234,7 +234,8 @@ def obtain_router(study: Study, backbone: Backbone, family: Family) -> Router:
 def learn_router(study: Study, backbone: Backbone, family: Family, public: Tensor) -> Router:
     """Train a router for a family on public images, uint8 (N, 3, S, S), on the cloud side's device."""
     device = torch.device(study.cloud.device)
-    whole = [_whole(batch, backbone.resolution) for batch in public[:ROUTER_IMAGES].split(256)]
+    chosen = torch.linspace(0, len(public) - 1, min(len(public), ROUTER_IMAGES)).long()  # of all folders alike
+    whole = [_whole(public[part], backbone.resolution) for part in chosen.split(256)]
     latents = []
     for network in family.networks:
         network = copy.deepcopy(network).to(device)

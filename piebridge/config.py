@@ -156,6 +156,9 @@ class CloudConfig(Section):
         description="Public images: `characters` (rendered from fonts), or a folder or several, searched recursively, "
         "of Parquet files with columns image and label or of photos.",
     )
+    copies: tuple[PositiveInt, ...] = Field(
+        (), description="How many times the training images of each folder in `data` count; default: once."
+    )
     images: PositiveInt = Field(8000, description="characters: how many training images are rendered.")
     held_out: PositiveInt = Field(
         1000, description="Images on which fidelity is measured, never trained on: of the files named validation-*, "
@@ -190,6 +193,13 @@ class CloudConfig(Section):
     mixed: Share = Field(
         0.0, description="Share of the crops in which a rectangle comes from another image (CutMix without labels)."
     )
+
+    @model_validator(mode="after")
+    def _a_number_for_each_folder(self) -> CloudConfig:
+        folders = len(self.data) if isinstance(self.data, tuple) else 1
+        if self.copies and len(self.copies) != folders:
+            raise ValueError(f"copies: {len(self.copies)} numbers for {folders} folders in data; give one for each")
+        return self
 
 
 class RouterConfig(Section):

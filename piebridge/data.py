@@ -370,7 +370,8 @@ def load_held_out(study: Study) -> Tensor:
 def _cloud_sources(study: Study) -> tuple[list[Source], list[Source]]:
     data = study.cloud.data
     folders = data if isinstance(data, tuple) else (data,)
-    return _public_images([_cloud_folder(path) for path in folders], study.cloud.held_out, study.seed)
+    copies = study.cloud.copies or (1,) * len(folders)
+    return _public_images([_cloud_folder(path) for path in folders], copies, study.cloud.held_out, study.seed)
 
 
 def _cloud_folder(path: Path) -> Path:
@@ -381,9 +382,11 @@ def _cloud_folder(path: Path) -> Path:
     raise DataError(f"cloud.data: {path}: no such folder, neither here nor below PIEBRIDGE_DATA")
 
 
-def _public_images(folders: Sequence[Path], held_out: int, seed: int) -> tuple[list[Source], list[Source]]:
+def _public_images(
+    folders: Sequence[Path], copies: Sequence[int], held_out: int, seed: int
+) -> tuple[list[Source], list[Source]]:
     """(training, held-out) images: Parquet files named validation-* are never trained on; the first folder's are held
-    out, or, if it has none, a random part of it is."""
+    out, or, if it has none, a random part of it is. Training images of a folder count as often as `copies` says."""
     import pyarrow.parquet as parquet
 
     def read(path: Path) -> list[Source]:
@@ -392,7 +395,7 @@ def _public_images(folders: Sequence[Path], held_out: int, seed: int) -> tuple[l
     train: list[Source] = []
     validation: list[Source] = []
     generator = np.random.default_rng(seed)
-    for place, folder in enumerate(folders):
+    for place, (folder, times) in enumerate(zip(folders, copies)):
         found: list[Source] = list(_photos(folder))
         for path in sorted(folder.rglob("*.parquet")):
             if not path.name.startswith("validation"):
@@ -405,7 +408,7 @@ def _public_images(folders: Sequence[Path], held_out: int, seed: int) -> tuple[l
             if not validation:
                 found = [candidates[i] for i in order[held_out:]]
             validation = [candidates[i] for i in order[:held_out]]
-        train += found
+        train += times * found
     if not train or not validation:
         names = ", ".join(map(str, folders))
         raise DataError(f"{names}: {len(train)} training and {len(validation)} held-out images; more are needed")
