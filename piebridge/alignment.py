@@ -238,7 +238,7 @@ def _make_leaves(members: Sequence[nn.Module]) -> None:
     """Put a new parameter on the same memory in the place of each one; what members have in common stays so.
 
     Something may still refer to a graph in which the old ones took part (Torch-Pruning's graphs live until Python looks
-    for cycles). Then autograd waits in every backward pass for the stream of that graph, which no CUDA graph can record.
+    for cycles). Then autograd waits in every backward pass for that graph's stream, which no CUDA graph can record.
     """
     leaves: dict[nn.Parameter, nn.Parameter] = {}
     for module in (module for member in members for module in member.modules()):

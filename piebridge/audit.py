@@ -32,7 +32,7 @@ from .subnets import Family
 from .training import Outcome, Plan, fit
 
 DIFFICULTY = 1.0  # its weight beside the loss, if the study gives it none
-TUNED = ("pet", "fixed", "random", "piebridge")  # methods whose learning rates the variants have
+TUNED = ("pet", "fixed", "random", "piebridge", "piebridge_cached")  # methods whose learning rates the variants have
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ VARIANTS = (
     Variant("lowest similarity", "oracle"),
     Variant(REFERENCE, "piebridge"),
     Variant("highest loss, uncorrected", "piebridge", routing={"correction": False}),
+    Variant("highest loss, latents kept", "piebridge_cached"),
     Variant("drawn by loss", "piebridge", routing={"choice": "drawn"}),
     Variant("highest difficulty", "piebridge", lambda setting: shared_plan(setting, permanent=True), difficulty=True),
     Variant("highest loss and difficulty", "piebridge", difficulty=True),

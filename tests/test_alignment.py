@@ -132,6 +132,24 @@ def test_common_weights_get_the_sum_of_the_gradients(tiny):
         torch.testing.assert_close(leader.get_parameter(name), weight, rtol=1e-3, atol=1e-5)
 
 
+def test_leaves_are_new_and_keep_what_members_have_in_common(tiny):
+    """What stays of an older graph, as Torch-Pruning's do, must not hold a leaf that is trained."""
+    prefix, _ = tiny.backbone.cut("head")
+    leader, follower = (cut.network for cut in cut_set(prefix, SubnetSpec(resolutions=(32, 16)), random_images(2)))
+    before = [dict(network.named_parameters()) for network in (leader, follower)]
+    graph = leader(random_images(2)).sum()
+    alignment._make_leaves([leader, follower])
+    for network, old in zip((leader, follower), before):
+        for name, weight in network.named_parameters():
+            assert weight is not old[name] and weight.is_leaf
+            assert weight.data_ptr() == old[name].data_ptr()
+            assert weight.requires_grad == old[name].requires_grad
+    shared = [name for name, weight in leader.named_parameters() if weight is follower.get_parameter(name)]
+    assert shared == [name for name, weight in before[0].items() if weight is before[1][name]] != []
+    graph.backward()
+    assert all(weight.grad is None for weight in leader.parameters())
+
+
 @pytest.mark.parametrize("loss", ["{space: whitened}", "{space: plain, kl: 0}", "{features: 1.0, cosine: 0}"])
 def test_every_loss_falls(tiny, loss):
     _, history = aligned(tiny, f"cloud.steps=30 'cloud.loss={loss}' cloud.learning_rate=5e-3")

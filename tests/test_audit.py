@@ -17,7 +17,7 @@ from piebridge.training import fit
 
 COLUMNS = ["study", "dataset", "backbone", "variant", "seed", "cost", "learning_rate", "test_accuracy"]
 BY_NAME = {variant.name: variant for variant in VARIANTS}
-UNROUTED = ("original", "best subnet", "best subnet, uncorrected", "cheap subnet")
+UNROUTED = ("original", "best subnet", "best subnet, uncorrected", "cheap subnet", "highest loss, latents kept")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_looking_up_changes_no_bit(runs, name):
     real = (variant.plan or REGISTRY[variant.method])(setting)
     labels = task.labels[torch.cat([task.splits["train"], task.splits["validation"]])]
     computed = fit(real, setting.images, labels, runs.study.training, 0.01, 1, lambda suffix: {}).computed
-    assert not real.cached
+    assert real.cached == (variant.method == "piebridge_cached")
     assert setting.images.dim() == 4
     assert same_tensors(copied_state(plan.split.suffix), copied_state(real.split.suffix))
     assert outcome.history["accuracy"].iloc[-1] == split_accuracy(experiment, real, real.split.suffix, "test")
@@ -102,7 +102,7 @@ def test_rates_that_the_study_does_not_name_are_tuned(tiny):
     named = "training.learning_rate={} training.learning_rate.pet=0.02"
     rates = _Runs(tiny_study(f"{named} training.learning_rates=[1e-6,0.01]")).learning_rates()
     assert rates["pet"] == 0.02
-    assert {rates[method] for method in ("fixed", "random", "piebridge", "oracle")} <= {1e-6, 0.01}
+    assert {rates[method] for method in ("fixed", "random", "piebridge", "piebridge_cached", "oracle")} <= {1e-6, 0.01}
     assert rates["piebridge"] == rates["oracle"] == 0.01
 
 

@@ -191,3 +191,9 @@ def test_every_field_is_described():
                 yield place + name
 
     assert list(undescribed(Study, "")) == []
+
+
+def test_copies_are_one_number_a_folder():
+    with pytest.raises(StudyError, match="2 numbers for 1 folders"):
+        tiny_study("'cloud.copies=[2, 1]'")
+    assert tiny_study("'cloud.data=[a, b]' 'cloud.copies=[2, 1]'").cloud.copies == (2, 1)

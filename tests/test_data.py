@@ -401,6 +401,17 @@ def test_parquet_without_validation_holds_a_random_part_out(tmp_path):
     assert torch.equal(images.held_out, same.held_out)
 
 
+def test_a_folders_training_images_count_as_often_as_asked(tmp_path):
+    write_parquet(tmp_path / "few" / "train-0.parquet", range(5))
+    write_parquet(tmp_path / "many" / "train-0.parquet", range(10, 14))
+    data = f"'cloud.data=[{tmp_path}/few, {tmp_path}/many]'"
+    images = load_cloud(tiny_study(f"{data} cloud.held_out=2 'cloud.copies=[3, 1]'"))
+    held_out, train = reds_of(images.held_out), reds_of(images.train)
+    kept = [red for red in range(5) if red not in held_out]
+    assert len(held_out) == 2  # an image that is held out is in no copy
+    assert train == sorted(3 * kept + list(range(10, 14)))
+
+
 def test_cloud_photos(tmp_path):
     class_folders(tmp_path, {"a": 6, "b": 3})
     images = cloud_of(tmp_path)
