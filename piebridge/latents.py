@@ -85,13 +85,15 @@ class LatentSource:
     def account(self) -> tuple[float, dict[int, float]]:
         """What all passes have cost so far, and what each member's pass over an image costs, in the original's passes.
 
-        Where `original_seconds` is known, by the clock, else by the expected prices.
+        Where `original_seconds` is known, by the clock, else by the expected prices. The original's pass costs what it
+        took on average in this training; what was measured before serves only until there was one.
         """
         prices = dict(self.prices)
         if self.original_seconds is not None:
+            unit = self.seconds[0] / self.computed[0] if self.computed.get(0) else self.original_seconds
             for route, count in self.computed.items():
                 if count:
-                    prices[route] = self.seconds[route] / count / self.original_seconds
+                    prices[route] = self.seconds[route] / count / unit
         return sum(count * prices[route] for route, count in self.computed.items()), prices
 
     def _pair(self, indices: Tensor, original: Tensor, pairs: Tensor, route: int) -> None:

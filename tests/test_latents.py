@@ -133,10 +133,14 @@ def test_what_latents_cost_is_accounted_by_price_or_by_the_clock():
     assert source.computed == {0: 3, 2: 5}  # without a correction nothing is paired
     assert source.account() == (3 + 5 * 0.25, {0: 1.0, 2: 0.25})
     assert sum(source.seconds.values()) == pytest.approx(stopwatch.seconds["prefix"])
-    source.original_seconds, source.seconds = 2.0, {0: 6.6, 2: 2.0}
+    source.original_seconds, source.seconds = 2.0, {0: 6.6, 2: 2.2}  # an original took 2.2 here, not 2
     spent, prices = source.account()
-    assert prices == pytest.approx({0: 1.1, 2: 0.2})
-    assert spent == pytest.approx(8.6 / 2.0)
+    assert prices == pytest.approx({0: 1.0, 2: 0.2})
+    assert spent == pytest.approx(8.8 / 2.2)
+    cheap, _, _ = source_of(prices={0: 1.0, 2: 0.25}, original_seconds=2.0)
+    cheap.window(torch.arange(8), torch.full((8,), 2), torch.tensor([2]), 2)
+    cheap.seconds = {0: 0.0, 2: 4.0}  # no original has been run: it takes what was measured before
+    assert cheap.account() == (2.0, {0: 1.0, 2: 0.25})
     other, _, _ = source_of(prices={0: 1.0, 2: 0.25}, original_seconds=2.0)
     assert other.account() == (0.0, {0: 1.0, 2: 0.25})  # nothing is known yet: as expected
     other.restore(source.state())

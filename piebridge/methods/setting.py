@@ -24,7 +24,7 @@ from ..subnets import Family
 from ..training import Plan
 
 ROUTER_BATCH = 64
-TIMED_BATCHES = 3  # on which subnet and original are compared
+TIMED_BATCHES = 2  # on which subnet and original are compared
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def shared_plan(
 ) -> Plan:
     """A cheap subnet, and the original for the share of images that the budget leaves.
 
-    Preparing the engines, timing original and subnet on this device (which the budget needs) and the router's pass
-    over all images are counted.
+    Preparing the engines, timing original and subnet on this device (which the budget needs, but for kept latents) and
+    the router's pass over all images are counted.
 
     Args:
         setting: what methods are given.
@@ -103,7 +103,12 @@ def shared_plan(
     route = cheap_route(setting)
     networks = {0: parts.prefix, route: setting.family.networks[route]}
     runners, engine_seconds = setting.runners(networks)
-    seconds["engine"] = engine_seconds + setting.calibration_seconds
+    seconds["engine"] = engine_seconds
+    if cached:  # over within one pass of the subnet: measuring first would cost as much as it could save
+        cheap = expected_cost(setting, route)
+    else:
+        cheap = setting.relative_cost
+        seconds["engine"] += setting.calibration_seconds
     permanent, router_cost = permanent or difficulty is not None, 0.0
     if routing.difficulty and choice != "random" and difficulty is None:
         start = time.perf_counter()
@@ -117,9 +122,9 @@ def shared_plan(
     if remembers or (cached and routing.correction):  # what is remembered is a pair; what is kept makes one for nothing
         refit = count
     if cached:  # an original latent is paid once, and so is the subnet's
-        share = cached_share(routing.cached_cost, setting.relative_cost, router_cost, count, pairs)
+        share = cached_share(routing.cached_cost, cheap, router_cost, count, pairs)
     else:
-        share = original_share(routing.cost, setting.relative_cost, router_cost, count, epochs, pairs, refit)
+        share = original_share(routing.cost, cheap, router_cost, count, epochs, pairs, refit)
     policy = SharedRoute(
         count, route, share, pairs, refit, choice or routing.choice, difficulty, setting.seed,
         buy_epochs=max(1, epochs // 3) if cached else 0, permanent=permanent,
@@ -127,7 +132,7 @@ def shared_plan(
     )
     return Plan(
         parts, networks, runners, policy, cached, routing.correction, remembers,
-        prices={0: 1.0, route: setting.relative_cost}, original_seconds=setting.original_seconds,
+        prices={0: 1.0, route: cheap}, original_seconds=setting.original_seconds,
         upfront=router_cost * count, seconds=seconds,
     )
 
@@ -149,6 +154,13 @@ def cheap_route(setting: Setting) -> int:
     if routing.subnet >= len(family):
         raise ValueError(f"routing.subnet: {routing.subnet}, but the family's subnets go from 1 to {len(family) - 1}")
     return routing.subnet or most_faithful(family, 0.6 * routing.cost)
+
+
+def expected_cost(setting: Setting, route: int) -> float:
+    """A subnet's relative cost as the family tells it: latency on the device where that was measured, or MACs."""
+    facts = setting.family.manifest.subnets[route]
+    latency = facts.relative_latency if setting.study.routing.costs == "measured" else None
+    return latency or facts.relative_macs
 
 
 def most_faithful(family: Family, limit: float) -> int:
