@@ -74,3 +74,33 @@ def test_speed():
     of = rates["resnet18", 512, 9]
     assert of["graph, a stream a member, float16"] < of["graph, a stream a member"]
     assert of["graph, a stream a member, cudnn.benchmark"] < 1.01 * of["graph, a stream a member"]
+    of = rates["resnet18", 512, 9]
+    one, two = (of[f"graph, a stream a member, {count} H100"].item() for count in ("one", "two"))
+    assert two > 1.7 * one
+
+
+def test_weights_in_common():
+    rows = pd.read_csv(ROOT / "book" / "records" / "cloud_sharing.csv")
+    fidelity = rows.pivot_table(index=["backbone", "cut", "resolution"], columns="common", values="fidelity")
+    late = fidelity.loc["resnet18"].dropna()
+    assert len(late) == 3
+    assert (late["layer3 layer4"] > late["none"] - 0.002).all()
+    assert (late["all"] < late["layer3 layer4"]).all()
+    both = fidelity.loc["mobilenet_v2"].dropna(subset=["all", "none"])
+    assert both.loc[("whole", 96), "all"] > both.loc[("whole", 96), "none"]
+    assert both.loc[("without block6 block10", 80), "all"] < both.loc[("without block6 block10", 80), "none"]
+
+
+def test_what_families_are_worth():
+    rows = pd.read_csv(ROOT / "book" / "records" / "subnets.csv")
+    lost = (rows["reference_accuracy"] - rows["transfer_accuracy"]).rename("lost")
+    table = rows.assign(lost=lost).pivot_table(index=["backbone", "subnet"], columns="dataset", values="lost")
+    resnet, mobile = table.loc["resnet18"], table.loc["mobilenet_v2"]
+    facts = rows.drop_duplicates(["backbone", "subnet"]).set_index(["backbone", "subnet"])
+    assert facts.loc[("resnet18", 4), "relative_latency"] < 1 / 3
+    assert resnet.loc[4, "caltech101"] < 1 and resnet.loc[4, "dogs_vs_cats"] < 0
+    assert (resnet.loc[4] < resnet.loc[3]).all()
+    assert facts.loc[("resnet18", 3), "fidelity_cloud"] > facts.loc[("resnet18", 4), "fidelity_cloud"]
+    assert facts.loc[("mobilenet_v2", 4), "relative_latency"] < 0.25
+    assert mobile.loc[4].max() == mobile.loc[4, "caltech101"] < 1.6
+    assert mobile.loc[5, "caltech101"] > 3 * mobile.loc[4, "caltech101"]
