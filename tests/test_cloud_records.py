@@ -104,3 +104,12 @@ def test_what_families_are_worth():
     assert facts.loc[("mobilenet_v2", 4), "relative_latency"] < 0.25
     assert mobile.loc[4].max() == mobile.loc[4, "caltech101"] < 1.6
     assert mobile.loc[5, "caltech101"] > 3 * mobile.loc[4, "caltech101"]
+
+
+def test_what_a_step_spends():
+    step = pd.read_csv(ROOT / "book" / "records" / "cloud_step.csv").set_index("kernels")
+    parts = step.drop(index="whole step")
+    assert parts.sum().tolist() == pytest.approx(step.loc["whole step"].tolist(), abs=0.15)
+    memory_bound = parts.loc[["batch norm", "depthwise convolutions"]].sum()
+    assert (memory_bound > step.loc["whole step"] / 2).all()
+    assert step.loc["whole step", "channels_last"] == pytest.approx(step.loc["whole step", "contiguous"] / 3, rel=0.05)
