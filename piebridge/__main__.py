@@ -54,7 +54,8 @@ def summary(arguments: argparse.Namespace) -> None:
     print(f"\n{table['study'].iloc[0]} on {device}, {threads} threads\n")
     shown = records.speedups(table)
     print(shown.round({"train_seconds": 1, "test_accuracy": 2, "best_test_accuracy": 2, "points_above_pet": 2,
-                       "faster_than_pet": 2, "faster_than_full": 2, "memory_to_pet": 2}).to_string(na_rep="-"))
+                       "faster_than_pet": 2, "faster_than_full": 2, "memory_to_pet": 2,
+                       "seconds_at_the_limit": 1}).to_string(na_rep="-"))
     best = table["method"].iloc[-1] if "piebridge" not in set(table["method"]) else "piebridge"
     trained = folder / "runs" / f"{best}-seed{table['seed'].iloc[0]}" / "trained.safetensors"
     print(f"\nRecords: {path}\nTrained with {best}: {trained}")

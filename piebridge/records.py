@@ -202,8 +202,9 @@ def speedups(records: pd.DataFrame) -> pd.DataFrame:
     """Mean seconds, accuracies and peak memory a method, against those of `pet`, and the seconds against `full`'s too.
 
     Columns: train_seconds, test_accuracy, best_test_accuracy, faster_than_pet, faster_than_full, points_above_pet,
-    memory_to_pet (peak memory as a multiple of `pet`'s); indexed by method in order of appearance. What has no
-    yardstick, because that was not run, is NaN.
+    memory_to_pet (peak memory as a multiple of `pet`'s), seconds_at_the_limit (what would be left of train_seconds if
+    frozen layers and subnets cost nothing); indexed by method in order of appearance. What has no yardstick, because
+    that was not run, is NaN.
 
     Raises:
         ValueError: the rows are of several studies or regimes.
@@ -211,13 +212,14 @@ def speedups(records: pd.DataFrame) -> pd.DataFrame:
     _check_one_study(records)
     order = list(dict.fromkeys(records["method"]))
     shown = ["train_seconds", "test_accuracy", "best_test_accuracy"]
-    means = records.groupby("method")[[*shown, "peak_memory_mib"]].mean().loc[order]
+    means = records.groupby("method")[[*shown, "prefix_seconds", "peak_memory_mib"]].mean().loc[order]
     table = means[shown].copy()
     for rival in ("pet", "full"):
         seconds = table["train_seconds"].get(rival, float("nan"))
         table[f"faster_than_{rival}"] = seconds / table["train_seconds"]
     table["points_above_pet"] = table["test_accuracy"] - table["test_accuracy"].get("pet", float("nan"))
     table["memory_to_pet"] = means["peak_memory_mib"] / means["peak_memory_mib"].get("pet", float("nan"))
+    table["seconds_at_the_limit"] = means["train_seconds"] - means["prefix_seconds"]
     return table
 
 

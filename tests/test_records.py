@@ -118,6 +118,11 @@ def test_memory_is_compared_with_that_of_pet(table):
     assert records.speedups(table)["memory_to_pet"].tolist() == [3.0, 1.0, 0.5]
 
 
+def test_the_limit_is_what_is_left_without_the_prefix(table):
+    table["prefix_seconds"] = [0.0, 0.0, 1700.0, 600.0]
+    assert records.speedups(table)["seconds_at_the_limit"].tolist() == [5400.0, 100.0, 300.0]
+
+
 @pytest.mark.parametrize("column", ["study", "regime"])
 @pytest.mark.parametrize("compare", [records.speedups, records.table_1])
 def test_methods_are_compared_within_one_study_and_regime(table, compare, column):
