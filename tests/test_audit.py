@@ -13,6 +13,7 @@ from piebridge.audit import REFERENCE, VARIANTS, _Runs, audit
 from piebridge.config import Study, StudyError, load_study
 from piebridge.experiment import split_accuracy
 from piebridge.methods import REGISTRY
+from piebridge.records import compared
 from piebridge.training import fit
 
 COLUMNS = ["study", "dataset", "backbone", "variant", "seed", "cost", "learning_rate", "test_accuracy"]
@@ -123,6 +124,28 @@ def test_committed_table_is_whole():
         assert list(zip(rows["variant"], rows["seed"])) == expected
         budgeted = rows[~rows["variant"].isin(UNROUTED)]
         assert budgeted["cost"].tolist() == pytest.approx([load_study(study).routing.cost] * len(budgeted), rel=0.02)
+
+
+def test_what_the_book_says_of_the_committed_table():
+    table = pd.read_csv(ROOT / "book" / "records" / "routes.csv")
+    studies = {study: compared(rows, REFERENCE) for study, rows in table.groupby("study")}
+
+    def beyond(variant):
+        """Studies in which the variant is behind the loss, the interval clear of zero."""
+        rows = {study: rows.loc[variant] for study, rows in studies.items()}
+        return {study for study, row in rows.items() if row["behind"] > row["half_width"]}
+
+    paying = {"dtd_resnet18", "dogsvscats_resnet18", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
+    assert len(studies) == 6
+    assert beyond("drawn uniformly") == paying
+    assert beyond("best subnet") == {"dtd_resnet18", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
+    assert beyond("drawn by loss") == set()
+    assert beyond("highest difficulty") == set(studies) - {"dtd_mobilenetv2"}
+    assert len(beyond("highest loss and difficulty")) == 3
+    assert len(beyond("highest loss, latents kept")) == 4
+    assert beyond("highest loss, uncorrected") == {"dogsvscats_resnet18", "caltech101_mobilenetv2"}
+    reached = table.groupby(["study", "variant"])["test_accuracy"].mean().unstack()
+    assert (reached["lowest similarity"] < reached["drawn uniformly"]).all()
 
 
 def command(*arguments):

@@ -45,7 +45,7 @@ def pretend(study, tuned=False, **values):
             folder.mkdir(parents=True, exist_ok=True)
             record = example(
                 method, seed, study=study.name, regime=study.training.regime, test_accuracy=80.1 + place,
-                train_seconds=0.1 + 0.2 * (place + 1), **values,
+                train_seconds=0.1 + 0.2 * (place + 1), prefix_seconds=0.1, **values,
             )
             content = {"code": "0", "record": record.model_dump()}
             (folder / "record.json").write_text(json.dumps(content))
@@ -258,8 +258,8 @@ def test_the_book_shows_each_study_of_a_file(studies, tmp_path):
     assert page.count("<table") == page.count("<img") == 2
     assert page.index("digits") < page.index("moved")
     rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
-    assert rows[1] == ["full", "0.3", "1.67", "1.00", "80.10", "-1.00", "1.00"]
-    assert rows[3] == ["piebridge", "0.7", "0.71", "0.43", "82.10", "+1.00", "1.00"]
-    assert rows[5] == ["pet", "0.3", "1.00", "-", "80.10", "+0.00", "1.00"]  # full was not run
+    assert rows[1] == ["full", "0.3", "0.2", "1.67", "1.00", "80.10", "-1.00", "1.00"]
+    assert rows[3] == ["piebridge", "0.7", "0.6", "0.71", "0.43", "82.10", "+1.00", "1.00"]
+    assert rows[5] == ["pet", "0.3", "0.2", "1.00", "-", "80.10", "+0.00", "1.00"]  # full was not run
     page = (tmp_path / "html" / "one.html").read_text()
     assert page.count("<table") == page.count("<img") == 1
