@@ -291,6 +291,21 @@ def test_calibration_by_the_clock_is_a_share(tiny):
     assert setting.calibration_seconds > 0
 
 
+def test_kept_latents_do_without_a_calibration(tiny):
+    """Their subnet costs what the manifest tells; the seconds of measuring are those of methods that need it."""
+    manifest = tiny.setting.family.manifest
+    facts = tuple(facts.model_copy(update={"relative_latency": 0.125 * (4 - index)})
+                  for index, facts in enumerate(manifest.subnets))
+    family = Family(manifest.model_copy(update={"subnets": facts}), tiny.setting.family.networks)
+    setting = dataclasses.replace(
+        tiny.setting, study=tiny_study("routing.costs=measured routing.difficulty=0"), family=family,
+        relative_cost=0.5, calibration_seconds=1000.0,
+    )
+    kept, recomputed = REGISTRY["piebridge_cached"](setting), REGISTRY["piebridge"](setting)
+    assert (kept.prices[2], recomputed.prices[2]) == (0.25, 0.5)
+    assert kept.seconds["engine"] < 1000 < recomputed.seconds["engine"]
+
+
 def test_subnet_that_is_not_in_the_family(tiny):
     setting = dataclasses.replace(tiny.setting, study=tiny_study("routing.subnet=3"))
     with pytest.raises(ValueError, match=r"routing\.subnet: 3, but the family's subnets go from 1 to 2"):
