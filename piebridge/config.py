@@ -226,7 +226,8 @@ class RoutingConfig(Section):
         0.6, description="piebridge_cached's budget: cost of all latents relative to one pass of the original."
     )
     costs: Literal["measured", "macs"] = Field(
-        "measured", description="Relative costs: timed on this device when training starts, or the subnets' MACs."
+        "measured", description="Relative costs: timed on this device when training starts (`piebridge_cached`: as the "
+        "family's manifest tells), or the subnets' MACs."
     )
     subnet: Annotated[int, Field(ge=0)] = Field(
         0, description="The cheap subnet's index in the family; 0: the most faithful one for 60 % of the budget."

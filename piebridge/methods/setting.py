@@ -104,7 +104,7 @@ def shared_plan(
     networks = {0: parts.prefix, route: setting.family.networks[route]}
     runners, engine_seconds = setting.runners(networks)
     seconds["engine"] = engine_seconds
-    if cached:  # over within one pass of the subnet: measuring first would cost as much as it could save
+    if cached:  # all of the subnet's passes are over within an epoch: too short a training to measure for first
         cheap = expected_cost(setting, route)
     else:
         cheap = setting.relative_cost
