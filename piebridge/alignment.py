@@ -54,7 +54,7 @@ def align(
         tail: the original's layers behind the cut, latents to logits, frozen.
         images: uint8, shape (N, 3, S, S), anywhere; batches are cropped on the members' device.
         resolution: side of the crops, pixels.
-        config: steps, batch_size, learning_rate, loss, crop_area, mixed, device.
+        config: steps, batch_size, learning_rate, loss, crop_area, settled_crop_area, mixed, device.
         seed: of batches and crops.
         checkpoint: file in which the state is kept while it runs; a run that finds it goes on from there.
 
@@ -93,8 +93,12 @@ def align(
     )
     for number in range(first, config.steps):
         chosen = torch.randint(len(images), (config.batch_size,), generator=generator, device=device)
-        batch = random_crops(images[chosen], resolution, config.crop_area, generator, config.mixed, part)
-        losses = step(batch, one_cycle(number / config.steps) * config.learning_rate, number < frozen_from)
+        learning_statistics = number < frozen_from
+        area, mixed = config.crop_area, config.mixed
+        if not learning_statistics and config.settled_crop_area is not None:
+            area, mixed = config.settled_crop_area, 0.0
+        batch = random_crops(images[chosen], resolution, area, generator, mixed, part)
+        losses = step(batch, one_cycle(number / config.steps) * config.learning_rate, learning_statistics)
         if number % logged == 0 or number == config.steps - 1:
             mean_losses = reduce(losses.clone(), "mean").tolist()  # reading them waits for the device
             seconds = earlier + time.perf_counter() - begin

@@ -24,8 +24,16 @@ from .costs import Stopwatch
 from .engines import Runner
 from .experiment import open_experiment, split_accuracy
 from .latents import LatentSource
-from .methods import REGISTRY, Setting, calibrate, fixed
-from .methods.setting import ROUTER_BATCH, cheap_route, most_faithful, relative_router_cost, shared_plan
+from .methods import REGISTRY, Setting, fixed
+from .methods.setting import (
+    ROUTER_BATCH,
+    cached_route,
+    cheap_route,
+    expected_cost,
+    most_faithful,
+    relative_router_cost,
+    shared_plan,
+)
 from .router import Router
 from .routing import NO_PAIRS
 from .subnets import Family
@@ -138,8 +146,8 @@ class _Runs:
         })
         self.study, self.experiment = study, open_experiment(study)
         setting = self.experiment.setting
-        cheap, best = cheap_route(setting), most_faithful(setting.family, study.routing.cost)
-        self.costs = {0: 1.0, best: _relative_cost(setting, best), cheap: setting.relative_cost}
+        members = {cheap_route(setting), cached_route(setting), most_faithful(setting.family, study.routing.cost)}
+        self.costs = {0: 1.0} | {member: expected_cost(setting, member) for member in sorted(members)}
         self.setting = _looked_up(setting, list(self.costs), self.experiment.folder)
         self.router_cost = relative_router_cost(setting, setting.split().prefix)
 
@@ -188,17 +196,13 @@ class _Runs:
         return spent / (count * self.study.training.epochs)
 
 
-def _relative_cost(setting: Setting, route: int) -> float:
-    """A subnet's relative cost, found as that of the routed one is."""
-    routing = setting.study.routing.model_copy(update={"subnet": route})
-    return calibrate(replace(setting, study=setting.study.model_copy(update={"routing": routing}))).relative_cost
-
-
 # ----------------------------------------------------------------------------------------------------- looking up
 
 
 class _LookedUpSetting(Setting):
     """A setting whose images are their numbers, int64 (N,), and whose networks look up what is known of them."""
+
+    by_clock = False  # looking up takes no time
 
     def runners(self, networks: dict[int, nn.Module]) -> tuple[dict[int, Runner], float]:
         return {index: self.family.networks[index] for index in networks}, 0.0
@@ -245,6 +249,5 @@ def _looked_up(setting: Setting, members: list[int], folder: Path) -> _LookedUpS
     for member, window in tqdm(passes, desc=f"{study.name}, latents", unit="window"):
         known[member](window)
     kept = {"images": indices, "family": Family(family.manifest, known)}
-    kept["original_seconds"] = None  # looking up takes no time: costs are as expected
     router = _KnownRouter(setting.router, setting.images)
     return _LookedUpSetting(**vars(setting) | kept | {"router": router})

@@ -193,6 +193,10 @@ class CloudConfig(Section):
     mixed: Share = Field(
         0.0, description="Share of the crops in which a rectangle comes from another image (CutMix without labels)."
     )
+    settled_crop_area: Optional[Annotated[float, Field(gt=0, le=1)]] = Field(
+        None, description="While batch norm is frozen, at the end, crops show at least this share and none are mixed: "
+        "nearer to the whole images of use. Default: crops stay as before."
+    )
 
     @model_validator(mode="after")
     def _a_number_for_each_folder(self) -> CloudConfig:
@@ -226,11 +230,14 @@ class RoutingConfig(Section):
         0.6, description="piebridge_cached's budget: cost of all latents relative to one pass of the original."
     )
     costs: Literal["measured", "macs"] = Field(
-        "measured", description="Relative costs: timed on this device when training starts (`piebridge_cached`: as the "
-        "family's manifest tells), or the subnets' MACs."
+        "measured", description="Relative costs: latencies, as the family's manifest tells and then as this device "
+        "turns out (not for `piebridge_cached`, whose passes are over by then); or the subnets' MACs."
     )
     subnet: Annotated[int, Field(ge=0)] = Field(
         0, description="The cheap subnet's index in the family; 0: the most faithful one for 60 % of the budget."
+    )
+    cached_subnet: Annotated[int, Field(ge=0)] = Field(
+        0, description="piebridge_cached's cheap subnet, which each image pays once; 0: the same as the others'."
     )
     choice: Literal["drawn", "highest"] = Field(
         "highest", description="Who gets the original: the images of the highest priority, or images drawn with odds "

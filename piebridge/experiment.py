@@ -28,13 +28,13 @@ from .config import PetConfig, Study, study_folder
 from .crops import RandomViews
 from .data import Task, load_task
 from .engines import prepare
-from .methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, Setting, calibrate, choose_side
+from .methods import NEEDS_FAMILY, REGISTRY, Setting, choose_side
 from .pet import split, split_all
 from .records import Record
 from .subnets import latents_of
 from .training import Outcome, Plan, accuracy, fit
 
-MEASURED = ("relative_cost", "original_seconds", "calibration_seconds", "side", "side_seconds")  # fields of a setting
+MEASURED = ("side", "side_seconds")  # fields of a setting
 
 
 @dataclass
@@ -81,19 +81,13 @@ def open_experiment(study: Study) -> Experiment:
 
 
 def _calibrated(setting: Setting, folder: Path) -> Setting:
-    """The setting with its relative costs; what was measured is kept, so that all runs of a study share it."""
+    """The setting with the side that the budget pays for; it is kept, so that all runs of a study share it."""
     study, path = setting.study, folder / "calibration.json"
-    members = setting.family.manifest.subnets if setting.family else ()
-    asked = _surroundings(study) | {
-        "methods": list(study.training.methods),
-        "subnets": [[facts.sha256, facts.relative_latency] for facts in members],  # the latter decide which is taken
-    }
+    asked = _surroundings(study) | {"methods": list(study.training.methods)}
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["asked"] == asked:
             return replace(setting, **content["measured"])
-    if SHARES_ROUTES & set(study.training.methods):
-        setting = calibrate(setting)
     if "resolution" in study.training.methods:
         setting = choose_side(setting)
     measured = {name: getattr(setting, name) for name in MEASURED}

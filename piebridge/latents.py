@@ -7,6 +7,7 @@ which the suffix takes its steps.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -20,6 +21,8 @@ from .data import allocate
 from .engines import Runner
 from .routing import Correction, Residuals
 
+SMALLEST_PASS = 4  # images; a smaller group is filled up
+
 
 class LatentSource:
     """Computes, remembers and corrects latents.
@@ -27,14 +30,14 @@ class LatentSource:
     Args:
         images: uint8, shape (N, 3, H, W): the training images, on the CPU; or views of them, which are not cached.
         runners: what runs each member of the family that routes point to, by its index; 0 is the original.
-        batch_size: images a pass, about: a group is divided evenly.
+        batch_size: images a pass; what is left of a group goes in smaller ones.
         device: where latents are wanted.
         stopwatch: seconds go to `data`, `prefix`, `cache` and `correction`.
         cached: keep every (image, member) latent and never compute it again.
         correction: of all members but the original, or None.
         residuals: what to remember of the corrected members' errors, or None.
         prices: expected cost of each member's pass over an image, relative to the original's, for `account`.
-        original_seconds: of the original's pass over an image, on this device; None: prices are as expected.
+        by_clock: whether `account` goes by what passes took, once they did; else by the expected prices.
         memory_mib: a member's cache above this size goes to a memory-mapped file in `scratch`.
     """
 
@@ -42,12 +45,12 @@ class LatentSource:
         self, images: Union[Tensor, RandomViews], runners: dict[int, Runner], batch_size: int, device: str,
         stopwatch: Stopwatch, cached: bool = False, correction: Optional[Correction] = None, memory_mib: int = 2048,
         scratch: Optional[Path] = None, residuals: Optional[Residuals] = None,
-        prices: Optional[dict[int, float]] = None, original_seconds: Optional[float] = None,
+        prices: Optional[dict[int, float]] = None, by_clock: bool = False,
     ) -> None:
         self.images, self.runners, self.batch_size, self.device = images, runners, batch_size, device
         self.stopwatch, self.cached, self.correction, self.residuals = stopwatch, cached, correction, residuals
         self.memory_mib, self.scratch = memory_mib, scratch
-        self.prices, self.original_seconds = prices or {}, original_seconds
+        self.prices, self.by_clock = prices or {}, by_clock
         self.computed = dict.fromkeys(runners, 0)  # images run through each member
         self.seconds = dict.fromkeys(runners, 0.0)  # that took
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # member: (latents, which are there)
@@ -85,15 +88,15 @@ class LatentSource:
     def account(self) -> tuple[float, dict[int, float]]:
         """What all passes have cost so far, and what each member's pass over an image costs, in the original's passes.
 
-        Where `original_seconds` is known, by the clock, else by the expected prices. The original's pass costs what it
-        took on average in this training; what was measured before serves only until there was one.
+        By the clock, if it is to go by it, from the first passes on: no time is spent on measuring before. Until an
+        original has been run, its cost is inferred from another member's and the expected price of that one.
         """
         prices = dict(self.prices)
-        if self.original_seconds is not None:
-            unit = self.seconds[0] / self.computed[0] if self.computed.get(0) else self.original_seconds
-            for route, count in self.computed.items():
-                if count:
-                    prices[route] = self.seconds[route] / count / unit
+        each = {route: self.seconds[route] / count for route, count in self.computed.items() if count}
+        if self.by_clock and each:
+            known = 0 if 0 in each else next(iter(each))
+            unit = each[known] / prices[known]
+            prices |= {route: seconds / unit for route, seconds in each.items()}
         return sum(count * prices[route] for route, count in self.computed.items()), prices
 
     def _pair(self, indices: Tensor, original: Tensor, pairs: Tensor, route: int) -> None:
@@ -148,12 +151,12 @@ class LatentSource:
     def _compute(self, route: int, indices: Tensor) -> Tensor:
         self.computed[route] += len(indices)
         parts, before = [], self.stopwatch.seconds["prefix"]
-        # about `batch_size` each and of equal size: a last pass for one or two images would cost nearly a whole one
-        for chosen in indices.tensor_split(max(1, round(len(indices) / self.batch_size))):
+        for chosen in _passes(indices, self.batch_size):
             with self.stopwatch("data"):
-                batch = self.images[chosen].to(self.device)
+                padding = chosen[-1:].expand(max(0, min(SMALLEST_PASS, self.batch_size) - len(chosen)))
+                batch = self.images[torch.cat([chosen, padding])].to(self.device)
             with self.stopwatch("prefix"):
-                parts.append(self.runners[route](batch))
+                parts.append(self.runners[route](batch)[: len(chosen)])
         self.seconds[route] += self.stopwatch.seconds["prefix"] - before
         return torch.cat(parts)
 
@@ -162,3 +165,16 @@ class LatentSource:
         dtype = np.dtype(str(example.dtype).removeprefix("torch."))
         store = torch.from_numpy(allocate(shape, dtype, self.memory_mib, self.scratch))
         return store, torch.zeros(len(self.images), dtype=torch.bool)
+
+
+def _passes(indices: Tensor, size: int) -> Iterator[Tensor]:
+    """Indices in pieces of `size`, the rest in halves of it, the last at most `SMALLEST_PASS` long.
+
+    Few sizes, because a network's first pass of each size costs time and memory: oneDNN makes new kernels for it.
+    """
+    place = 0
+    while place < len(indices):
+        while size > SMALLEST_PASS and size > len(indices) - place:
+            size = max(SMALLEST_PASS, size // 2)
+        yield indices[place : place + size]
+        place += size

@@ -36,6 +36,7 @@ class Correction:
     """Ridge maps from subnets' latents to the original's, shrunk towards the identity.
 
     A map acts on the channels: on vectors (B, C), on each position of maps (B, C, H, W), on each token (B, N, C).
+    It is fitted anew when there are half as many pairs again as in its last fit, which bounds what fitting takes.
     Its strength is chosen by generalised cross-validation over the first pairs (scikit-learn's RidgeCV) and kept: what
     the pairs must overrule does not grow with their number.
     """
@@ -45,6 +46,7 @@ class Correction:
         self.pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.maps: dict[int, tuple[Tensor, Tensor]] = {}
         self.strengths: dict[int, float] = {}
+        self.fitted: dict[int, int] = {}  # on how many pairs
 
     def add(self, route: int, cheap: Tensor, original: Tensor) -> None:
         """Keep pairs of latents, shape (B, ...), of the same images."""
@@ -56,10 +58,12 @@ class Correction:
         self.pairs.setdefault(route, []).append((cheap.float().cpu(), original.float().cpu()))
 
     def fit(self, route: int) -> None:
-        """Fit the map of one subnet on all its pairs so far; with fewer than two there is none."""
-        cheap, original = (torch.cat(side) for side in zip(*self.pairs.get(route, [(torch.empty(0), torch.empty(0))])))
-        if len(cheap) < 2:
+        """Fit the map of one subnet on all its pairs so far, if they have grown by half; with fewer than two, none."""
+        count = sum(len(cheap) for cheap, _ in self.pairs.get(route, []))
+        if count < 1.5 * self.fitted.get(route, 1):
             return
+        self.fitted[route] = count
+        cheap, original = (torch.cat(side) for side in zip(*self.pairs[route]))
         # regressing the difference shrinks the map to the identity
         inputs, difference = cheap.numpy(), (original - cheap).numpy()
         if route not in self.strengths:
@@ -78,7 +82,8 @@ class Correction:
         for route, (weight, offset) in self.maps.items():
             transposed = not weight.is_contiguous()
             state |= {f"weight.{route}": weight.T if transposed else weight, f"offset.{route}": offset,
-                      f"transposed.{route}": transposed, f"strength.{route}": self.strengths[route]}
+                      f"transposed.{route}": transposed, f"strength.{route}": self.strengths[route],
+                      f"fitted.{route}": self.fitted[route]}
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -92,6 +97,7 @@ class Correction:
                 weight = state[name].T if state[f"transposed.{route}"] else state[name]
                 self.maps[int(route)] = (weight, state[f"offset.{route}"])
                 self.strengths[int(route)] = state[f"strength.{route}"]
+                self.fitted[int(route)] = state[f"fitted.{route}"]
 
     def apply(self, route: int, latents: Tensor) -> Tensor:
         """The corrected latents, in the shape given; unchanged while no map is fitted."""

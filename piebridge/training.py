@@ -53,7 +53,7 @@ class Plan:
         remembers: give each image back a part of what its corrected latents missed before.
         prices: expected cost of each network's pass over an image relative to the original's, where the policy keeps
             to a budget.
-        original_seconds: of the original's pass over an image, where the budget is kept by the clock.
+        by_clock: keep to the budget by what passes take on this device, not by the expected prices.
         upfront: spent of the budget before training (the router's pass), in passes of the original over an image.
         seconds: what preparing cost already, by item (engine, router); counts as training time.
         before_epoch: called with the epoch (from 0), the optimizer and the epoch's first batch (latents and labels);
@@ -72,7 +72,7 @@ class Plan:
     corrected: bool = False
     remembers: bool = False
     prices: dict[int, float] = field(default_factory=dict)
-    original_seconds: Optional[float] = None
+    by_clock: bool = False
     upfront: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     before_epoch: Optional[Callable[[int, torch.optim.SGD, Tensor, Tensor], None]] = None
@@ -143,7 +143,7 @@ def fit(
     residuals = Residuals(count) if plan.remembers else None
     source = LatentSource(
         images, plan.runners, config.prefix_batch, device, stopwatch, plan.cached, correction, memory_mib, scratch,
-        residuals, plan.prices, plan.original_seconds,
+        residuals, plan.prices, plan.by_clock,
     )
     generator = torch.Generator().manual_seed(seed)
     labels_there = labels.to(device)

@@ -50,8 +50,8 @@ def test_each_image_gets_the_latent_of_its_route(cached, maps):
 def test_a_route_runs_in_its_own_batches():
     source, runners, stopwatch = source_of()
     source.window(torch.arange(12), torch.tensor([0, 2] * 5 + [0, 0]), NOBODY, 2)
-    assert runners[0].sizes == [4, 3]
-    assert runners[2].sizes == [5]
+    assert runners[0].sizes == [4, 4]  # the last three are filled up: few sizes, for each costs a new kernel
+    assert runners[2].sizes == [4, 4]
     assert source.computed == {0: 7, 2: 5}
     assert set(stopwatch.seconds) == {"data", "prefix"}
 
@@ -65,7 +65,7 @@ def test_a_cached_latent_is_computed_once():
     assert source.computed[0] == 15
     source.window(torch.arange(5), torch.full((5,), 2), NOBODY, 2)
     assert source.computed == {0: 15, 2: 5}
-    assert sum(runners[0].sizes) == 15
+    assert runners[0].sizes == [4, 4, 4, 4, 4]
 
 
 def test_a_cache_beyond_memory_is_mapped(tmp_path):
@@ -133,15 +133,30 @@ def test_what_latents_cost_is_accounted_by_price_or_by_the_clock():
     assert source.computed == {0: 3, 2: 5}  # without a correction nothing is paired
     assert source.account() == (3 + 5 * 0.25, {0: 1.0, 2: 0.25})
     assert sum(source.seconds.values()) == pytest.approx(stopwatch.seconds["prefix"])
-    source.original_seconds, source.seconds = 2.0, {0: 6.6, 2: 2.2}  # an original took 2.2 here, not 2
+    source.by_clock, source.seconds = True, {0: 6.6, 2: 2.2}
     spent, prices = source.account()
     assert prices == pytest.approx({0: 1.0, 2: 0.2})
     assert spent == pytest.approx(8.8 / 2.2)
-    cheap, _, _ = source_of(prices={0: 1.0, 2: 0.25}, original_seconds=2.0)
+    cheap, _, _ = source_of(prices={0: 1.0, 2: 0.25}, by_clock=True)
+    assert cheap.account() == (0.0, {0: 1.0, 2: 0.25})  # nothing is known yet: as expected
     cheap.window(torch.arange(8), torch.full((8,), 2), torch.tensor([2]), 2)
-    cheap.seconds = {0: 0.0, 2: 4.0}  # no original has been run: it takes what was measured before
+    cheap.seconds = {0: 0.0, 2: 4.0}  # no original has been run: it is inferred from the subnet's price
     assert cheap.account() == (2.0, {0: 1.0, 2: 0.25})
-    other, _, _ = source_of(prices={0: 1.0, 2: 0.25}, original_seconds=2.0)
-    assert other.account() == (0.0, {0: 1.0, 2: 0.25})  # nothing is known yet: as expected
+    other, _, _ = source_of(prices={0: 1.0, 2: 0.25}, by_clock=True)
     other.restore(source.state())
     assert other.account() == source.account()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 32])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 22, 23])
+def test_passes_come_in_few_sizes(size, count):
+    source, runners, _ = source_of()
+    source.batch_size = size
+    latents = source.window(torch.arange(count), torch.zeros(count, dtype=torch.int64), NOBODY, 0)
+    torch.testing.assert_close(latents, expected_latents(torch.arange(count), torch.zeros(count, dtype=torch.int64)))
+    sizes = runners[0].sizes
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) <= size
+    assert len(set(sizes)) <= 4  # 32, 16, 8, 4
+    assert count <= sum(sizes) < count + min(4, size)
+    assert source.computed == {0: count, 2: 0}  # fillers are not counted

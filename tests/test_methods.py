@@ -11,7 +11,7 @@ from piebridge import costs, subnets
 from piebridge.checkpoints import Checkpoint
 from piebridge.cloud import free_family
 from piebridge.config import METHODS
-from piebridge.methods import NEEDS_FAMILY, REGISTRY, SHARES_ROUTES, calibrate, choose_side
+from piebridge.methods import NEEDS_FAMILY, REGISTRY, choose_side
 from piebridge.methods.oracle import true_similarity
 from piebridge.methods.setting import cheap_route, most_faithful
 from piebridge.subnets import Family, latents_of
@@ -28,7 +28,7 @@ def setting_of(kind, backbone_name="embedded"):
     )
     bare = bare_setting(random_backbone(backbone_name), overrides)
     family = free_family(bare.study, bare.backbone)
-    return calibrate(dataclasses.replace(bare, family=family))
+    return dataclasses.replace(bare, family=family)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_images_run_through_members(settings, method):
 
 def test_registry_and_configuration_agree():
     assert tuple(REGISTRY) == METHODS
-    assert SHARES_ROUTES <= NEEDS_FAMILY <= set(REGISTRY)
+    assert NEEDS_FAMILY <= set(REGISTRY)
 
 
 def test_full_trains_everything(settings):
@@ -279,31 +279,28 @@ def test_the_routers_pass_is_counted(tiny):
     assert "router" not in REGISTRY["random"](tiny.setting).seconds
 
 
-def test_calibration_by_macs_is_the_manifests(tiny):
-    setting = calibrate(dataclasses.replace(tiny.setting, relative_cost=1.0))
-    assert setting.relative_cost == tiny.setting.family.relative_macs[2]
-
-
-def test_calibration_by_the_clock_is_a_share(tiny):
-    study = tiny_study("routing.costs=measured")
-    setting = calibrate(dataclasses.replace(tiny.setting, study=study))
-    assert 0 < setting.relative_cost <= 1
-    assert setting.calibration_seconds > 0
-
-
-def test_kept_latents_do_without_a_calibration(tiny):
-    """Their subnet costs what the manifest tells; the seconds of measuring are those of methods that need it."""
+def test_a_subnet_is_expected_to_cost_what_the_family_tells(tiny):
     manifest = tiny.setting.family.manifest
     facts = tuple(facts.model_copy(update={"relative_latency": 0.125 * (4 - index)})
                   for index, facts in enumerate(manifest.subnets))
     family = Family(manifest.model_copy(update={"subnets": facts}), tiny.setting.family.networks)
-    setting = dataclasses.replace(
-        tiny.setting, study=tiny_study("routing.costs=measured routing.difficulty=0"), family=family,
-        relative_cost=0.5, calibration_seconds=1000.0,
-    )
-    kept, recomputed = REGISTRY["piebridge_cached"](setting), REGISTRY["piebridge"](setting)
-    assert (kept.prices[2], recomputed.prices[2]) == (0.25, 0.5)
-    assert kept.seconds["engine"] < 1000 < recomputed.seconds["engine"]
+    setting = dataclasses.replace(tiny.setting, family=family)
+    assert REGISTRY["piebridge"](setting).prices == {0: 1.0, 2: family.relative_macs[2]}
+    measured = dataclasses.replace(setting, study=tiny_study("routing.costs=measured routing.difficulty=0"))
+    recomputed, kept = REGISTRY["piebridge"](measured), REGISTRY["piebridge_cached"](measured)
+    assert recomputed.prices == kept.prices == {0: 1.0, 2: 0.25}
+    assert recomputed.by_clock
+    assert not kept.by_clock
+
+
+def test_kept_latents_can_have_a_subnet_of_their_own(tiny):
+    study = tiny_study("routing.cached_subnet=1 routing.cached_cost=1")
+    setting = dataclasses.replace(tiny.setting, study=study)
+    assert REGISTRY["piebridge_cached"](setting).policy.route == 1
+    assert REGISTRY["piebridge"](setting).policy.route == cheap_route(setting) == 2
+    missing = dataclasses.replace(tiny.setting, study=tiny_study("routing.cached_subnet=3"))
+    with pytest.raises(ValueError, match=r"routing\.cached_subnet: 3, but the family's subnets go from 1 to 2"):
+        REGISTRY["piebridge_cached"](missing)
 
 
 def test_subnet_that_is_not_in_the_family(tiny):

@@ -78,6 +78,21 @@ def test_more_pairs_keep_the_first_strength():
     again = Correction(1)
     again.restore(correction.state())
     assert again.strengths == correction.strengths
+    assert again.fitted == correction.fitted == {1: 80}
+
+
+def test_a_map_is_fitted_anew_when_pairs_have_grown_by_half():
+    cheap, original = pairs_of(30)
+    correction = Correction(0)
+    correction.add(1, cheap[:20], original[:20])
+    correction.fit(1)
+    first = correction.apply(1, cheap)
+    correction.add(1, cheap[20:29], original[20:29])
+    correction.fit(1)
+    assert torch.equal(correction.apply(1, cheap), first)
+    correction.add(1, cheap[29:], original[29:])
+    correction.fit(1)
+    assert not torch.equal(correction.apply(1, cheap), first)
 
 
 def test_correction_of_exact_latents_is_the_identity():

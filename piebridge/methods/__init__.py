@@ -19,7 +19,7 @@ from . import (
     random,
     resolution,
 )
-from .setting import Setting, calibrate, choose_side
+from .setting import Setting, choose_side
 
 REGISTRY: dict[str, Callable[[Setting], Plan]] = {
     "full": full.plan,
@@ -36,7 +36,6 @@ REGISTRY: dict[str, Callable[[Setting], Plan]] = {
     "prune": prune.plan,
 }
 
-SHARES_ROUTES = {"random", "oracle", "piebridge", "piebridge_cached"}  # part subnet, part original: needs their costs
-NEEDS_FAMILY = SHARES_ROUTES | {"fixed"}
+NEEDS_FAMILY = {"fixed", "random", "oracle", "piebridge", "piebridge_cached"}
 
-__all__ = ["NEEDS_FAMILY", "REGISTRY", "SHARES_ROUTES", "Setting", "calibrate", "choose_side"]
+__all__ = ["NEEDS_FAMILY", "REGISTRY", "Setting", "choose_side"]

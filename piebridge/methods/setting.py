@@ -39,9 +39,6 @@ class Setting:
         seed: of this run.
         family: subnets of the backbone's prefix; None if no method of the study needs them.
         router: of the family; None if the study gives difficulty no weight.
-        relative_cost: of the cheap subnet, see `calibrate`; the same for all methods of an experiment.
-        original_seconds: of the original's pass over an image, likewise; None where costs are not measured.
-        calibration_seconds: what measuring took; counted by every method that uses it.
         side: of the input that the budget pays for, pixels, see `choose_side`; None: not chosen yet.
         side_seconds: what choosing it took, counted likewise.
     """
@@ -53,11 +50,13 @@ class Setting:
     seed: int
     family: Optional[Family] = None
     router: Optional[Router] = None
-    relative_cost: float = 1.0
-    original_seconds: Optional[float] = None
-    calibration_seconds: float = 0.0
     side: Optional[int] = None
     side_seconds: float = 0.0
+
+    @property
+    def by_clock(self) -> bool:
+        """Whether budgets go by what passes take on this device."""
+        return self.study.routing.costs == "measured"
 
     def split(self) -> Split:
         """The network, cut as the study's PET kind asks."""
@@ -88,8 +87,8 @@ def shared_plan(
 ) -> Plan:
     """A cheap subnet, and the original for the share of images that the budget leaves.
 
-    Preparing the engines, timing original and subnet on this device (which the budget needs, but for kept latents) and
-    the router's pass over all images are counted.
+    Preparing the engines and the router's pass over all images are counted. What passes cost on this device the loop
+    reads off the first epoch.
 
     Args:
         setting: what methods are given.
@@ -100,15 +99,10 @@ def shared_plan(
     """
     study, routing = setting.study, setting.study.routing
     parts, seconds = setting.split(), {}
-    route = cheap_route(setting)
+    route = cached_route(setting) if cached else cheap_route(setting)
     networks = {0: parts.prefix, route: setting.family.networks[route]}
-    runners, engine_seconds = setting.runners(networks)
-    seconds["engine"] = engine_seconds
-    if cached:  # all of the subnet's passes are over within an epoch: too short a training to measure for first
-        cheap = expected_cost(setting, route)
-    else:
-        cheap = setting.relative_cost
-        seconds["engine"] += setting.calibration_seconds
+    runners, seconds["engine"] = setting.runners(networks)
+    cheap = expected_cost(setting, route)
     permanent, router_cost = permanent or difficulty is not None, 0.0
     if routing.difficulty and choice != "random" and difficulty is None:
         start = time.perf_counter()
@@ -132,7 +126,7 @@ def shared_plan(
     )
     return Plan(
         parts, networks, runners, policy, cached, routing.correction, remembers,
-        prices={0: 1.0, route: cheap}, original_seconds=setting.original_seconds,
+        prices={0: 1.0, route: cheap}, by_clock=setting.by_clock and not cached,
         upfront=router_cost * count, seconds=seconds,
     )
 
@@ -150,14 +144,28 @@ def cheap_route(setting: Setting) -> int:
     Raises:
         ValueError: the study's choice is not in the family.
     """
-    routing, family = setting.study.routing, setting.family
-    if routing.subnet >= len(family):
-        raise ValueError(f"routing.subnet: {routing.subnet}, but the family's subnets go from 1 to {len(family) - 1}")
-    return routing.subnet or most_faithful(family, 0.6 * routing.cost)
+    routing = setting.study.routing
+    return _chosen(setting, "routing.subnet", routing.subnet) or most_faithful(setting.family, 0.6 * routing.cost)
+
+
+def cached_route(setting: Setting) -> int:
+    """The same where latents are kept, and each image pays the subnet once: the study's choice for that, or the other.
+
+    Raises:
+        ValueError: the study's choice is not in the family.
+    """
+    routing = setting.study.routing
+    return _chosen(setting, "routing.cached_subnet", routing.cached_subnet) or cheap_route(setting)
+
+
+def _chosen(setting: Setting, key: str, index: int) -> int:
+    if index >= len(setting.family):
+        raise ValueError(f"{key}: {index}, but the family's subnets go from 1 to {len(setting.family) - 1}")
+    return index
 
 
 def expected_cost(setting: Setting, route: int) -> float:
-    """A subnet's relative cost as the family tells it: latency on the device where that was measured, or MACs."""
+    """A subnet's relative cost as the family tells it: latency where that was measured, or MACs."""
     facts = setting.family.manifest.subnets[route]
     latency = facts.relative_latency if setting.study.routing.costs == "measured" else None
     return latency or facts.relative_macs
@@ -170,21 +178,6 @@ def most_faithful(family: Family, limit: float) -> int:
     if not affordable:
         return min(members, key=lambda member: member[1].relative_macs)[0]
     return max(affordable, key=lambda member: (member[1].fidelity or 0.0, member[1].relative_macs))[0]
-
-
-def calibrate(setting: Setting) -> Setting:
-    """The setting with the costs of original and cheap subnet: timed on this device now, or MACs, as the study says.
-
-    Original and subnet are timed in turn, so that a drift of the machine hits both.
-    """
-    study, start = setting.study, time.perf_counter()
-    route = cheap_route(setting)
-    if study.routing.costs == "macs":
-        return dataclasses.replace(setting, relative_cost=setting.family.relative_macs[route])
-    original, relative = _timed_cost(setting, setting.family.networks[0], setting.family.networks[route])
-    return dataclasses.replace(
-        setting, relative_cost=relative, original_seconds=original, calibration_seconds=time.perf_counter() - start
-    )
 
 
 def choose_side(setting: Setting) -> Setting:
