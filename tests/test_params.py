@@ -7,7 +7,7 @@ from tiny import ROOT
 from piebridge import costs
 from piebridge.backbones import load_backbone
 from piebridge.config import load_study, project_root
-from piebridge.cutting import cut_subnet
+from piebridge.cutting import cut_set
 from piebridge.pet import cut_of
 from piebridge.subnets import read_manifest
 
@@ -32,9 +32,9 @@ def test_study_is_valid_and_its_subnets_can_be_cut(name):
         prefix, _ = backbone.cut(cut)
         whole = costs.macs(prefix, backbone.example())
         for spec in study.cloud.subnets:
-            subnet, removed = cut_subnet(prefix, spec, backbone.example(2))
-            assert set(spec.without) <= set(removed)
-            assert costs.macs(subnet, backbone.example()) < whole
+            for member in cut_set(prefix, spec, backbone.example(2)):
+                assert set(spec.without) <= set(member.removed)
+                assert costs.macs(member.network, backbone.example()) < whole
 
 
 @pytest.mark.parametrize("name", STUDIES)
