@@ -117,7 +117,8 @@ def test_training_sees_each_epochs_views_once_and_in_the_networks_size():
         return batch.float().mean((2, 3))
 
     plan = Plan(Split("head", nn.Sequential(), suffix), {}, {0: latents_of}, FixedRoute(0))
-    outcome = fit(plan, views, torch.arange(13) % 3, TrainingConfig(epochs=3, prefix_batch=13), 0.01, 0, lambda suffix: {})
+    config = TrainingConfig(epochs=3, prefix_batch=13)  # one pass: a rest would be filled up
+    outcome = fit(plan, views, torch.arange(13) % 3, config, 0.01, 0, lambda suffix: {})
     for epoch, batches in enumerate(torch.cat(seen).split(13)):
         expected = views_of(images, resolution=32)
         expected.start(epoch)
