@@ -77,19 +77,19 @@ def open_experiment(study: Study) -> Experiment:
             router = obtain_router(study, backbone, family)
     indices = torch.cat([task.splits["train"], task.splits["validation"]])
     setting = Setting(study, backbone, task.images[indices], len(task.classes), study.seed, family, router)
-    return Experiment(study, task, backbone, _calibrated(setting, folder), folder)
+    return Experiment(study, task, backbone, _with_side(setting, folder), folder)
 
 
-def _calibrated(setting: Setting, folder: Path) -> Setting:
-    """The setting with the side that the budget pays for; it is kept, so that all runs of a study share it."""
-    study, path = setting.study, folder / "calibration.json"
-    asked = _surroundings(study) | {"methods": list(study.training.methods)}
+def _with_side(setting: Setting, folder: Path) -> Setting:
+    """The setting with the side of the method `resolution`, if the study has it; kept, so that its runs share it."""
+    path, asked = folder / "side.json", _surroundings(setting.study)
+    if "resolution" not in setting.study.training.methods:
+        return setting
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["asked"] == asked:
             return replace(setting, **content["measured"])
-    if "resolution" in study.training.methods:
-        setting = choose_side(setting)
+    setting = choose_side(setting)
     measured = {name: getattr(setting, name) for name in MEASURED}
     records.write_atomically(path, json.dumps({"asked": asked, "measured": measured}, indent=1))
     return setting
@@ -198,7 +198,8 @@ def _run_one(
 
     description = f"{method}, {'tuning ' + format(learning_rate, 'g') if hold_out else f'seed {seed}'}"
     about = {name: getattr(setting, name) for name in MEASURED} | _surroundings(study)
-    about |= {"learning_rate": learning_rate, "variant": plan.policy.describe()}
+    prices = {str(index): price for index, price in plan.prices.items()}
+    about |= {"learning_rate": learning_rate, "variant": plan.policy.describe(), "prices": prices}
     checkpoint = Checkpoint(place / "checkpoint.safetensors", run=about)
     outcome = fit(
         plan, seen, task.labels[indices], study.training, learning_rate, seed, evaluate, study.data.memory_mib,

@@ -76,6 +76,21 @@ def aligned(tiny, overrides="", specs=HALF, **keywords):
     return networks, history
 
 
+@pytest.mark.parametrize(("settled", "last"), [(None, (0.5, 0.3)), (0.9, (0.9, 0.0))])
+def test_crops_are_milder_and_whole_once_batch_norm_is_frozen(tiny, monkeypatch, settled, last):
+    """Eight steps, the last two with frozen statistics; each draws by (smallest area, share mixed)."""
+    drawn = []
+
+    def watched(images, resolution, smallest_area, generator, mixed=0.0, part=(0, 1)):
+        drawn.append((smallest_area, mixed))
+        return random_crops(images, resolution, smallest_area, generator, mixed, part)
+
+    monkeypatch.setattr(alignment, "random_crops", watched)
+    area = "" if settled is None else f"cloud.settled_crop_area={settled}"
+    aligned(tiny, f"cloud.crop_area=0.5 cloud.loss.frozen_statistics=0.25 {area}")
+    assert drawn[1:] == 6 * [(0.5, 0.3)] + 2 * [last]  # the first is the sample that the goal is set by
+
+
 def test_a_killed_alignment_goes_on_and_ends_the_same(tiny, tmp_path, monkeypatch):
     """Cut off at step 5 by an error, continued from the checkpoint of step 4."""
     monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN", 0.0)

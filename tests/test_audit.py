@@ -150,8 +150,28 @@ def test_what_the_book_says_of_the_committed_table():
     assert {study for study, points in lost.items() if points < 0.3} == {
         "dtd_resnet18", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2"
     }
+    for study in set(studies) - {"caltech101_resnet18", "caltech101_mobilenetv2"}:
+        behind = studies[study]["behind"]
+        assert 3 < behind["cheap subnet"] < 8.5
+        assert behind["drawn uniformly"] < behind["cheap subnet"] / 2
     reached = table.groupby(["study", "variant"])["test_accuracy"].mean().unstack()
     assert (reached["lowest similarity"] < reached["drawn uniformly"]).all()
+
+
+def test_what_the_book_says_of_the_choice_of_subnets():
+    table = pd.read_csv(ROOT / "book" / "records" / "subnet_choice.csv")
+    best = table.loc[table.groupby("study")["above_pet"].idxmax()].set_index("study")
+    assert best["subnet"].to_dict() == {study: load_study(study).routing.subnet for study in best.index} == {
+        "dtd_resnet18": 9, "dogsvscats_resnet18": 9, "caltech101_resnet18": 5,
+        "dtd_mobilenetv2": 6, "dogsvscats_mobilenetv2": 6, "caltech101_mobilenetv2": 3,
+    }
+    families = pd.read_csv(ROOT / "book" / "records" / "subnets.csv").drop_duplicates(["backbone", "subnet"])
+    latency = families.set_index(["backbone", "subnet"])["relative_latency"]
+    assert latency["resnet18", 9] == pytest.approx(1 / 20, abs=0.005)
+    for study, backbone in (("caltech101_resnet18", "resnet18"), ("caltech101_mobilenetv2", "mobilenet_v2")):
+        assert latency[backbone, best.loc[study, "subnet"]] > best.loc[study, "cost"] / 2
+    level = best.loc["caltech101_resnet18", "above_pet"]
+    assert abs(level) < 0.1
 
 
 def command(*arguments):
