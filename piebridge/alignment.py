@@ -6,9 +6,6 @@ space alignment (PieBridge, SenSys 2024, appendix A.1); losses, schedule and eng
 On a GPU a step of nine small networks is thousands of short kernels, and launching them one by one would take longer
 than running them. So a step is recorded as a CUDA graph, after some plain ones, and replayed, each member in a stream
 of its own; where recording fails, kernels go on being launched one by one.
-
-Matrices (dense convolutions, linear layers) follow Muon, which makes each update orthogonal (Jordan et al. 2024), all
-else AdamW: for the same fidelity AdamW alone needs about three times as many images (book/cloud_side).
 Several GPUs (torchrun) share each batch; what they exchange in a step is one mean of one flat tensor of gradients.
 """
 
@@ -37,7 +34,6 @@ from .goal import Goal, attention, stage_ends
 HISTORY = ["step", "seconds", "images_per_second", "member", "loss"]
 MOMENT_IMAGES = 2048  # crops from which mean and covariance of the latents are known
 PRECISION = torch.bfloat16  # on a GPU; range matters more than digits, so no loss scaling is needed
-WEIGHT_DECAY = 0.01
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
 
@@ -137,7 +133,7 @@ def _run(network: nn.Sequential, images: Tensor, watched: Sequence[str]) -> tupl
 
 
 class _Step:
-    """One step of all members: forward, backward, mean of the gradients over the processes, Muon and AdamW."""
+    """One step of all members: forward, backward, mean of the gradients over the processes, AdamW."""
 
     def __init__(self, members, prefix, tail, goal, config: CloudConfig, resolution: int, device, processes) -> None:
         self.members, self.prefix, self.tail, self.goal = members, prefix, tail, goal
@@ -156,16 +152,15 @@ class _Step:
         if config.loss.features:
             self.watched = [stage_ends(network, self.batch[:1]) for network in (prefix, *members)]
         self.streams = [torch.cuda.Stream() for _ in members] if self.on_gpu else [None] * len(members)
-        self.optimizers = self._make_optimizers(unique)
+        self.optimizer = torch.optim.AdamW(
+            unique, weight_decay=0.01, fused=True,
+            lr=torch.zeros((), device=device) if self.on_gpu else 0.0, capturable=self.on_gpu,
+        )
         self._share_start()
-        for optimizer in self.optimizers:
-            optimizer.step()  # gradients and learning rate are zero: it only makes the moments, for the checkpoint
-            for state in optimizer.state.values():
-                if "step" in state:
-                    state["step"].zero_()
-        # the library's Muon needs its learning rate on the CPU, which no CUDA graph can follow
-        self.updates = [_Replayed(optimizer.step, self.on_gpu and optimizer.defaults.get("capturable", False))
-                        for optimizer in self.optimizers]
+        self.optimizer.step()  # gradients and learning rate are zero: it only makes the moments, for the checkpoint
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
+        self.update = _Replayed(self.optimizer.step, self.on_gpu)
         self.learning_statistics: Optional[bool] = None
 
     def __call__(self, batch: Tensor, learning_rate: float, learning_statistics: bool) -> Tensor:
@@ -181,27 +176,10 @@ class _Step:
         self.compute()
         if self.processes.num_processes > 1:
             self.flat.copy_(reduce(self.flat, "mean"))
-        for optimizer, update in zip(self.optimizers, self.updates):
-            for group in optimizer.param_groups:
-                on_device = isinstance(group["lr"], Tensor)
-                group["lr"] = group["lr"].fill_(learning_rate) if on_device else learning_rate
-            update()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(learning_rate) if self.on_gpu else learning_rate
+        self.update()
         return self.losses
-
-    def _make_optimizers(self, weights: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
-        matrices = {id(weight): matrix for weight in weights if (matrix := _as_matrix(weight)) is not None}
-        others = [weight for weight in weights if id(weight) not in matrices]
-        optimizers: list[torch.optim.Optimizer] = []
-        if matrices:
-            optimizers += [torch.optim.Muon(
-                matrices.values(), lr=0.0, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-            )]
-        if others:
-            optimizers += [torch.optim.AdamW(
-                others, weight_decay=WEIGHT_DECAY, fused=True,
-                lr=torch.zeros((), device=self.device) if self.on_gpu else 0.0, capturable=self.on_gpu,
-            )]
-        return optimizers
 
     def _compute(self) -> None:
         autocast = torch.autocast(self.device.type, PRECISION, enabled=self.on_gpu, cache_enabled=False)
@@ -240,9 +218,8 @@ class _Step:
         """All that changes while training, by name; shared, not copied."""
         named = {f"member.{i}.{key}": value for i, member in enumerate(self.members)
                  for key, value in member.state_dict().items()}
-        for place, optimizer in enumerate(self.optimizers):
-            for index, state in enumerate(optimizer.state.values()):
-                named |= {f"optimizer.{place}.{index}.{key}": value for key, value in state.items()}
+        for index, weight in enumerate(self.optimizer.param_groups[0]["params"]):
+            named |= {f"optimizer.{index}.{key}": value for key, value in self.optimizer.state[weight].items()}
         return named
 
     def _share_start(self) -> None:
@@ -273,20 +250,6 @@ def _make_leaves(members: Sequence[nn.Module]) -> None:
             if weight not in leaves:
                 leaves[weight] = nn.Parameter(weight.data, weight.requires_grad)
             setattr(module, name, leaves[weight])
-
-
-def _as_matrix(weight: nn.Parameter) -> Optional[nn.Parameter]:
-    """The same memory, and that of its gradient, as a matrix with a row an output; None where it is not one.
-
-    A row of a convolution of depth one (depthwise) is a single filter, which has no directions to make orthogonal.
-    """
-    if weight.dim() == 2:
-        return weight
-    if weight.dim() != 4 or weight.shape[1] == 1:
-        return None
-    matrix = nn.Parameter(weight.data.movedim(1, -1).view(len(weight), -1))  # channels-last: a view, or an error
-    matrix.grad = weight.grad.movedim(1, -1).view(len(weight), -1)
-    return matrix
 
 
 def _flat_gradients(weights: Sequence[Tensor]) -> Tensor:

@@ -182,10 +182,7 @@ class CloudConfig(Section):
     round_to: PositiveInt = Field(8, description="Channel counts are multiples of this: what the processor likes.")
     steps: Annotated[int, Field(ge=0)] = Field(300, description="Alignment steps; 0 leaves the members unaligned.")
     batch_size: PositiveInt = Field(64, description="Images an alignment step.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        2e-3, description="Peak learning rate, one-cycle: of Muon (scaled to AdamW's steps) for matrices, of AdamW for "
-        "all else."
-    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak learning rate of AdamW, one-cycle.")
     loss: AlignmentLoss = AlignmentLoss()
     device: str = Field(
         "cpu", description="Torch device of the cloud side; under torchrun each process takes a device of this kind."

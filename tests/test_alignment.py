@@ -182,9 +182,7 @@ def test_two_processes_find_the_losses_of_one(tmp_path):
     one, two = (pd.read_csv(tmp_path / name) for name in ("one.csv", "two.csv"))
     assert one["step"].tolist() == two["step"].tolist()
     assert len(one) == 8
-    # equal but for the order of sums, which Muon's iterations in bfloat16 make visible from the second step on
-    np.testing.assert_allclose(one["loss"][:4], two["loss"][:4], rtol=1e-6)
-    np.testing.assert_allclose(one["loss"], two["loss"], rtol=2e-3)
+    np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-4)
 
 
 TWO_PROCESSES = """
