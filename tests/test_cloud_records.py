@@ -122,6 +122,17 @@ def test_what_long_runs_say():
     assert (best[2] > best[0]).all() and (best[2] > best[1]).all()
 
 
+def test_what_the_optimiser_is_worth():
+    table = pd.read_csv(ROOT / "book" / "records" / "cloud_optimizer.csv")
+    table = table.set_index(["optimizer", "learning_rate", "change"]).sort_index()
+    fidelity = table.loc[table["images"] == "tiny_imagenet validation", "fidelity"]
+    reference = fidelity["AdamW", 0.0015, "-"]
+    by_change = fidelity["AdamW", 0.0015].drop("-") - reference
+    assert (fidelity["Muon"] - reference > 0.001).all()
+    assert (by_change.abs() < 0.001).all()
+    assert fidelity["Muon"].idxmax() == (0.00075, "-")
+
+
 def test_what_a_step_spends():
     step = pd.read_csv(ROOT / "book" / "records" / "cloud_step.csv").set_index("kernels")
     parts = step.drop(index="whole step")
