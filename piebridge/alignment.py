@@ -5,7 +5,7 @@ space alignment (PieBridge, SenSys 2024, appendix A.1); losses, schedule and eng
 
 On a GPU a step of nine small networks is thousands of short kernels, and launching them one by one would take longer
 than running them. So a step is recorded as a CUDA graph, after some plain ones, and replayed, each member in a stream
-of its own; where recording fails, kernels go on being launched one by one.
+of its own; where recording fails, kernels go on being launched one by one. So is the update of the weights.
 Several GPUs (torchrun) share each batch; what they exchange in a step is one mean of one flat tensor of gradients.
 """
 
@@ -30,6 +30,7 @@ from .checkpoints import Checkpoint
 from .config import CloudConfig
 from .crops import random_crops
 from .goal import Goal, attention, stage_ends
+from .updates import Update
 
 HISTORY = ["step", "seconds", "images_per_second", "member", "loss"]
 MOMENT_IMAGES = 2048  # crops from which mean and covariance of the latents are known
@@ -54,7 +55,7 @@ def align(
         tail: the original's layers behind the cut, latents to logits, frozen.
         images: uint8, shape (N, 3, S, S), anywhere; batches are cropped on the members' device.
         resolution: side of the crops, pixels.
-        config: steps, batch_size, learning_rate, loss, crop_area, settled_crop_area, mixed, device.
+        config: steps, batch_size, learning_rate, optimizer, loss, crop_area, settled_crop_area, mixed, device.
         seed: of batches and crops.
         checkpoint: file in which the state is kept while it runs; a run that finds it goes on from there.
 
@@ -110,6 +111,9 @@ def align(
             state.save(step.tensors(), generator, history, number + 1, earlier + time.perf_counter() - begin)
     progress.close()
     state.close()
+    if state.enabled and first < config.steps:  # what comes after takes a minute or two
+        state.save(step.tensors(), generator, history, config.steps, last_seconds)
+        state.close()
     for member in members:
         member.requires_grad_(False).eval()
     return pd.DataFrame(history, columns=HISTORY)
@@ -133,7 +137,7 @@ def _run(network: nn.Sequential, images: Tensor, watched: Sequence[str]) -> tupl
 
 
 class _Step:
-    """One step of all members: forward, backward, mean of the gradients over the processes, AdamW."""
+    """One step of all members: forward, backward, mean of the gradients over the processes, update."""
 
     def __init__(self, members, prefix, tail, goal, config: CloudConfig, resolution: int, device, processes) -> None:
         self.members, self.prefix, self.tail, self.goal = members, prefix, tail, goal
@@ -152,15 +156,9 @@ class _Step:
         if config.loss.features:
             self.watched = [stage_ends(network, self.batch[:1]) for network in (prefix, *members)]
         self.streams = [torch.cuda.Stream() for _ in members] if self.on_gpu else [None] * len(members)
-        self.optimizer = torch.optim.AdamW(
-            unique, weight_decay=0.01, fused=True,
-            lr=torch.zeros((), device=device) if self.on_gpu else 0.0, capturable=self.on_gpu,
-        )
         self._share_start()
-        self.optimizer.step()  # gradients and learning rate are zero: it only makes the moments, for the checkpoint
-        for state in self.optimizer.state.values():
-            state["step"].zero_()
-        self.update = _Replayed(self.optimizer.step, self.on_gpu)
+        self.optimizer = Update(unique, config.optimizer)
+        self.update = _Replayed(self.optimizer, self.on_gpu)
         self.learning_statistics: Optional[bool] = None
 
     def __call__(self, batch: Tensor, learning_rate: float, learning_statistics: bool) -> Tensor:
@@ -176,8 +174,7 @@ class _Step:
         self.compute()
         if self.processes.num_processes > 1:
             self.flat.copy_(reduce(self.flat, "mean"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"].fill_(learning_rate) if self.on_gpu else learning_rate
+        self.optimizer.learning_rate.fill_(learning_rate)
         self.update()
         return self.losses
 
@@ -218,9 +215,7 @@ class _Step:
         """All that changes while training, by name; shared, not copied."""
         named = {f"member.{i}.{key}": value for i, member in enumerate(self.members)
                  for key, value in member.state_dict().items()}
-        for index, weight in enumerate(self.optimizer.param_groups[0]["params"]):
-            named |= {f"optimizer.{index}.{key}": value for key, value in self.optimizer.state[weight].items()}
-        return named
+        return named | self.optimizer.tensors()
 
     def _share_start(self) -> None:
         """All processes start from the first one's weights."""

@@ -182,7 +182,10 @@ class CloudConfig(Section):
     round_to: PositiveInt = Field(8, description="Channel counts are multiples of this: what the processor likes.")
     steps: Annotated[int, Field(ge=0)] = Field(300, description="Alignment steps; 0 leaves the members unaligned.")
     batch_size: PositiveInt = Field(64, description="Images an alignment step.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak learning rate of AdamW, one-cycle.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak learning rate, one-cycle.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: dense convolutions and linear layers follow Muon, scaled to AdamW's steps."
+    )
     loss: AlignmentLoss = AlignmentLoss()
     device: str = Field(
         "cpu", description="Torch device of the cloud side; under torchrun each process takes a device of this kind."

@@ -20,9 +20,9 @@ from piebridge.data import load_cloud
 from piebridge.subnets import fidelity, latents_of
 
 
-@pytest.mark.parametrize("kl", [0.0, 1.0])
-def test_alignment_lowers_the_loss_and_raises_fidelity(tiny, kl):
-    study = tiny_study(f"cloud.steps=40 cloud.batch_size=32 cloud.loss.kl={kl}")
+@pytest.mark.parametrize(("kl", "optimizer"), [(0.0, "adamw"), (1.0, "adamw"), (0.0, "muon")])
+def test_alignment_lowers_the_loss_and_raises_fidelity(tiny, kl, optimizer):
+    study = tiny_study(f"cloud.steps=40 cloud.batch_size=32 cloud.loss.kl={kl} cloud.optimizer={optimizer}")
     images = load_cloud(study)
     prefix, tail = tiny.backbone.cut("head")
     frozen = copied_state(prefix) | copied_state(tail)
@@ -91,10 +91,11 @@ def test_crops_are_milder_and_whole_once_batch_norm_is_frozen(tiny, monkeypatch,
     assert drawn[1:] == 6 * [(0.5, 0.3)] + 2 * [last]  # the first is the sample that the goal is set by
 
 
-def test_a_killed_alignment_goes_on_and_ends_the_same(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_alignment_goes_on_and_ends_the_same(tiny, tmp_path, monkeypatch, optimizer):
     """Cut off at step 5 by an error, continued from the checkpoint of step 4."""
     monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN", 0.0)
-    whole, history = aligned(tiny)
+    whole, history = aligned(tiny, f"cloud.optimizer={optimizer}")
     real, calls = alignment.one_cycle, []
 
     def killed(progress):
@@ -109,9 +110,11 @@ def test_a_killed_alignment_goes_on_and_ends_the_same(tiny, tmp_path, monkeypatc
     path = tmp_path / "state.safetensors"
     monkeypatch.setattr(alignment, "one_cycle", killed)
     with pytest.raises(KeyboardInterrupt):
-        aligned(tiny, checkpoint=path)
+        aligned(tiny, f"cloud.optimizer={optimizer}", checkpoint=path)
     monkeypatch.setattr(alignment, "one_cycle", real)
-    continued, later = aligned(tiny, checkpoint=path)
+    continued, later = aligned(tiny, f"cloud.optimizer={optimizer}", checkpoint=path)
+    finished, _ = aligned(tiny, f"cloud.optimizer={optimizer}", checkpoint=path)  # killed after the last step
+    assert same_tensors(copied_state(finished[0]), copied_state(whole[0]))
     assert same_tensors(copied_state(continued[0]), copied_state(whole[0]))
     assert later[["step", "member", "loss"]].equals(history[["step", "member", "loss"]])
     assert later["seconds"].is_monotonic_increasing
