@@ -135,24 +135,27 @@ def test_what_the_book_says_of_the_committed_table():
         rows = {study: rows.loc[variant] for study, rows in studies.items()}
         return {study for study, row in rows.items() if row["behind"] > row["half_width"]}
 
-    paying = {"dtd_resnet18", "dogsvscats_resnet18", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
+    paying = {"dtd_resnet18", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
     assert len(studies) == 6
     assert beyond("drawn uniformly") == paying
-    assert beyond("best subnet") == {"dtd_resnet18", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
-    assert beyond("drawn by loss") == {"dtd_resnet18", "caltech101_mobilenetv2"}
-    assert beyond("highest difficulty") == set(studies) - {"caltech101_resnet18"}
-    assert beyond("highest loss and difficulty") == {"dtd_resnet18", "dogsvscats_resnet18"}
-    assert len(beyond("highest loss, latents kept")) == 3
-    assert beyond("highest loss, uncorrected") == {"dtd_resnet18", "dogsvscats_resnet18"}
-    ahead = studies["caltech101_resnet18"].loc["drawn uniformly"]
-    assert ahead["behind"] < -ahead["half_width"]
+    assert beyond("best subnet") == paying | {"caltech101_resnet18"}
+    assert beyond("drawn by loss") == {"dogsvscats_resnet18", "caltech101_mobilenetv2"}
+    assert beyond("highest difficulty") == set(studies) - {"dogsvscats_resnet18"}
+    assert beyond("highest loss and difficulty") == {"dtd_resnet18"}
+    assert beyond("highest loss, latents kept") == set(studies) - {"dogsvscats_resnet18", "dogsvscats_mobilenetv2"}
+    assert beyond("highest loss, uncorrected") == set()
+    rows = {study: rows.loc["drawn uniformly"] for study, rows in studies.items()}
+    assert all(row["behind"] > -row["half_width"] for row in rows.values())  # chance is ahead nowhere
+    fixed = studies["dogsvscats_resnet18"]["behind"]
+    assert fixed["best subnet, uncorrected"] < fixed["original"] < 0
+    assert fixed[["best subnet", "best subnet, uncorrected"]].tolist() == pytest.approx([-1 / 3, -2 / 3], abs=0.02)
     lost = {study: -rows.loc["original", "behind"] for study, rows in studies.items()}
-    assert {study for study, points in lost.items() if points < 0.3} == {
-        "dtd_resnet18", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2"
-    }
-    for study in set(studies) - {"caltech101_resnet18", "caltech101_mobilenetv2"}:
+    assert {study for study, points in lost.items() if points > 0.25} == {"caltech101_resnet18", "dtd_mobilenetv2"}
+    nothing = {study for study, rows in studies.items() if lost[study] <= rows.loc["original", "half_width"]}
+    assert nothing == set(studies) - {"caltech101_resnet18", "dtd_mobilenetv2"}
+    for study in ("dtd_resnet18", "dtd_mobilenetv2", "dogsvscats_mobilenetv2"):
         behind = studies[study]["behind"]
-        assert 3 < behind["cheap subnet"] < 8.5
+        assert 3 < behind["cheap subnet"] < 4
         assert behind["drawn uniformly"] < behind["cheap subnet"] / 2
     reached = table.groupby(["study", "variant"])["test_accuracy"].mean().unstack()
     assert (reached["lowest similarity"] < reached["drawn uniformly"]).all()
@@ -162,16 +165,18 @@ def test_what_the_book_says_of_the_choice_of_subnets():
     table = pd.read_csv(ROOT / "book" / "records" / "subnet_choice.csv")
     best = table.loc[table.groupby("study")["above_pet"].idxmax()].set_index("study")
     assert best["subnet"].to_dict() == {study: load_study(study).routing.subnet for study in best.index} == {
-        "dtd_resnet18": 9, "dogsvscats_resnet18": 9, "caltech101_resnet18": 5,
+        "dtd_resnet18": 7, "dogsvscats_resnet18": 5, "caltech101_resnet18": 5,
         "dtd_mobilenetv2": 6, "dogsvscats_mobilenetv2": 6, "caltech101_mobilenetv2": 3,
     }
     families = pd.read_csv(ROOT / "book" / "records" / "subnets.csv").drop_duplicates(["backbone", "subnet"])
     latency = families.set_index(["backbone", "subnet"])["relative_latency"]
     assert latency["resnet18", 9] == pytest.approx(1 / 20, abs=0.005)
+    assert latency["resnet18", 5] == pytest.approx(1 / 5, abs=0.025)
     for study, backbone in (("caltech101_resnet18", "resnet18"), ("caltech101_mobilenetv2", "mobilenet_v2")):
         assert latency[backbone, best.loc[study, "subnet"]] > best.loc[study, "cost"] / 2
-    level = best.loc["caltech101_resnet18", "above_pet"]
-    assert abs(level) < 0.1
+    for study in ("dtd_resnet18", "dogsvscats_resnet18"):
+        above = table.loc[table["study"] == study, "above_pet"]
+        assert above.max() - above.min() < 0.2
 
 
 def command(*arguments):
