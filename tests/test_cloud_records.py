@@ -74,9 +74,9 @@ def test_speed():
     of = rates["resnet18", 512, 9]
     assert of["graph, a stream a member, float16"] < of["graph, a stream a member"]
     assert of["graph, a stream a member, cudnn.benchmark"] < 1.01 * of["graph, a stream a member"]
-    for optimizer, gain in (("", 1.75), ("Muon, ", 1.7)):
+    for optimizer in ("", "Muon, "):
         one, two = (of[[f"graph, a stream a member, {optimizer}{count} H100"]].min() for count in ("one", "two"))
-        assert two == pytest.approx(gain * one, rel=0.05)
+        assert two > 1.7 * one
     muon, adamw = (of[f"graph, a stream a member, {name}one H100"].item() for name in ("Muon, ", "AdamW beside it, "))
     assert adamw / muon == pytest.approx(26 / 25, abs=0.01)
 
