@@ -182,6 +182,7 @@ def _print_family(family) -> None:
     for facts in family.manifest.subnets:
         print(
             f"width {facts.width:.2f}  without {','.join(facts.removed) or '-':18s} {facts.resolution:3d} px  "
+            f"stem stride {facts.stem_stride or '-'}  "
             f"MACs {facts.relative_macs:.3f}  latency {facts.relative_latency:.3f}  fidelity {facts.fidelity or 0:.3f}"
         )
 

@@ -103,6 +103,10 @@ class SubnetSpec(Section):
         (), description="Several sides instead: a subnet for each, which have their dense convolutions in common and "
         "batch norms of their own."
     )
+    stem_strides: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(
+        (), description="Strides of the first convolution, one for each side: a larger one on a larger input sees "
+        "finer detail at the same cost. Default: the backbone's."
+    )
     common: tuple[str, ...] = Field(
         (), description="resolutions: only the blocks whose names begin so have their convolutions in common, for "
         "example [layer3, layer4], where most weights and little time are; default: all."
@@ -117,6 +121,10 @@ class SubnetSpec(Section):
             raise ValueError("shared blocks keep all their channels: give width 1, or leave shared out")
         if self.resolutions and (self.shared or self.resolution is not None):
             raise ValueError("resolutions go neither with resolution nor with shared")
+        if self.stem_strides and len(self.stem_strides) != (len(self.resolutions) or 1):
+            raise ValueError(
+                f"stem_strides: {len(self.stem_strides)} given; give one for each of {len(self.resolutions) or 1} sides"
+            )
         if self.common and not self.resolutions:
             raise ValueError("common says what several resolutions have in common: give resolutions, or leave it out")
         return self

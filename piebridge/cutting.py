@@ -75,14 +75,13 @@ def cut_subnet(
         alignment may train of it requires a gradient.
 
     Raises:
-        ValueError: `spec` names a block that is not there or cannot be removed.
+        ValueError: `spec` names a block that is not there or cannot be removed, or a stride for a transformer.
     """
     config = config or CloudConfig()
     with torch.no_grad():
         latents = prefix(images)
     subnet = copy.deepcopy(prefix)
-    if spec.resolution is not None:
-        subnet.input.resolution = spec.resolution
+    _change_input(subnet, spec)
     candidates = removable_blocks(prefix)
     unknown = sorted(set(spec.without) - set(candidates))
     if unknown:
@@ -153,7 +152,11 @@ def cut_set(
     if not spec.resolutions:
         network, removed = cut_subnet(prefix, spec, images, config)
         return [Cut(spec, network, removed, prefix if spec.shared else None, spec.shared)]
-    specs = [spec.model_copy(update={"resolution": side, "resolutions": (), "common": ()}) for side in spec.resolutions]
+    strides = [(stride,) for stride in spec.stem_strides] or [()] * len(spec.resolutions)
+    specs = [
+        spec.model_copy(update={"resolution": side, "stem_strides": stride, "resolutions": (), "common": ()})
+        for side, stride in zip(spec.resolutions, strides)
+    ]
     leader, removed = cut_subnet(prefix, specs[0], images, config)
     cuts = [Cut(specs[0], leader, removed)]
     names = [name for name, _ in leader.named_children()]
@@ -162,10 +165,29 @@ def cut_set(
         raise ValueError(f"common: no block's name begins with {' or '.join(spec.common)}; blocks: {', '.join(names)}")
     for other in specs[1:]:
         network = copy.deepcopy(leader)
-        network.input.resolution = other.resolution
+        _change_input(network, other)
         tie(network, leader, shared_tensors(network, blocks))
         cuts.append(Cut(other, network, removed, leader, blocks))
     return cuts
+
+
+def _change_input(subnet: nn.Sequential, spec: SubnetSpec) -> None:
+    if spec.resolution is not None:
+        subnet.input.resolution = spec.resolution
+    for stride in spec.stem_strides:
+        set_stem_stride(subnet, stride)
+
+
+def set_stem_stride(subnet: nn.Sequential, stride: int) -> None:
+    """Give the first convolution another stride, in place.
+
+    Raises:
+        ValueError: the network is a transformer, whose first convolution cuts patches.
+    """
+    if any(isinstance(block, TokenEmbedding) for block in subnet):
+        raise ValueError("stem_strides: a transformer's patches keep their size; give a lower resolution instead")
+    first = next(layer for layer in subnet.modules() if isinstance(layer, nn.Conv2d))
+    first.stride = (stride, stride)
 
 
 def tie(network: nn.Module, leader: nn.Module, names: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Literal, Optional
 
 import torch
 from sklearn.linear_model import Ridge, RidgeCV
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 Choice = Literal["drawn", "highest", "random"]
@@ -66,11 +67,12 @@ class Correction:
         cheap, original = (torch.cat(side) for side in zip(*self.pairs[route]))
         # regressing the difference shrinks the map to the identity
         inputs, difference = cheap.numpy(), (original - cheap).numpy()
-        if route not in self.strengths:
-            scale = max(len(cheap) * cheap.var(0).mean().item(), 1e-12)
-            chosen = RidgeCV(alphas=[share * scale for share in SHRINKAGES]).fit(inputs, difference)
-            self.strengths[route] = float(chosen.alpha_)
-        ridge = Ridge(self.strengths[route], solver="cholesky").fit(inputs, difference)
+        with threadpool_limits(1, user_api="blas"):  # helpers of the BLAS would spin on into the passes that follow
+            if route not in self.strengths:
+                scale = max(len(cheap) * cheap.var(0).mean().item(), 1e-12)
+                chosen = RidgeCV(alphas=[share * scale for share in SHRINKAGES]).fit(inputs, difference)
+                self.strengths[route] = float(chosen.alpha_)
+            ridge = Ridge(self.strengths[route], solver="cholesky").fit(inputs, difference)
         weight = torch.from_numpy(ridge.coef_).float().T + torch.eye(cheap.shape[1])
         self.maps[route] = (weight, torch.from_numpy(ridge.intercept_).float())
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from . import costs
 from .backbones import Backbone
 from .config import SubnetSpec
-from .cutting import Cut, MatchLatents, shared_tensors, tie
+from .cutting import Cut, MatchLatents, set_stem_stride, shared_tensors, tie
 from .records import write_atomically
 
 LATENCY_ROUNDS = 9
@@ -45,6 +45,7 @@ class SubnetFacts(BaseModel):
     widths: dict[str, float] = {}  # of blocks whose names begin so, where they differ
     depth: float
     resolution: int
+    stem_stride: Optional[int] = None  # of the first convolution; None: the backbone's
     removed: tuple[str, ...]  # blocks left out
     shared: tuple[str, ...] = ()  # blocks whose dense convolutions are another subnet's, and not in this one's file
     shares_with: Optional[int] = None  # that subnet's index, lower than its own; 0 is the original
@@ -155,7 +156,8 @@ def make_family(backbone: Backbone, cut: str, prefix: nn.Module, cuts: Sequence[
     facts = tuple(
         SubnetFacts(
             file=None, sha256=None, width=cut.spec.width, widths=cut.spec.widths, depth=cut.spec.depth,
-            resolution=cut.spec.resolution or backbone.resolution, removed=cut.removed, shared=cut.shared,
+            resolution=cut.spec.resolution or backbone.resolution,
+            stem_stride=next(iter(cut.spec.stem_strides), None), removed=cut.removed, shared=cut.shared,
             shares_with=None if cut.leader is None else [id(network) for network in networks].index(id(cut.leader)),
             relative_macs=macs[id(cut.network)] / macs[id(prefix)],
         )
@@ -270,6 +272,8 @@ def _rebuild(
     kept = [(name, block) for name, block in leader.named_children() if name not in facts.removed]
     subnet = copy.deepcopy(nn.Sequential(OrderedDict(kept)))
     subnet.input.resolution = facts.resolution
+    if facts.stem_stride is not None:
+        set_stem_stride(subnet, facts.stem_stride)
     shared = shared_tensors(subnet, facts.shared)
     tie(subnet, leader, shared)
     for name, module in subnet.named_modules():

@@ -127,6 +127,31 @@ def test_what_long_runs_say():
     assert len(gain) == 8 and (gain > 0).sum() == 7 and gain.min() > -0.0015 and 0.0035 < gain.max() < 0.0045
     steps = rows.groupby("run")["steps"].first()
     assert steps[4] / steps[3] == pytest.approx(3 / 4, abs=0.02)
+    alike = fidelity[5].dropna() - fidelity[4]
+    assert len(alike.dropna()) == 3 and alike.dropna().between(0.001, 0.003).all()
+    images = rows.assign(images=rows["steps"] * rows["batch_size"] / 1e6).query("run == 5")["images"].round(1)
+    assert images.tolist() == [9.1] * 2 + [4.1] * 7
+    assert rows.query("run == 4")["steps"].iloc[0] * 512 / 1e6 == pytest.approx(3.9, abs=0.05)
+
+
+def test_what_a_coarser_stem_is_worth():
+    rows = pd.read_csv(ROOT / "book" / "records" / "cloud_stem.csv")
+    keys = ["resolution", "stem_stride", "stem_kernel", "stem_weights"]
+    resnet = rows.query("backbone == 'resnet18'").pivot_table(index=keys, columns="held_out", values="fidelity")
+    small, whole = resnet.loc[64, 2, 7, "-"], resnet.loc[128, 4, 7, "as they are"]
+    assert whole["photos"] - small["photos"] == pytest.approx(0.009, abs=0.0005)
+    assert abs(whole["tiny_imagenet"] - small["tiny_imagenet"]) <= 0.001
+    assert ((resnet.loc[128, 3, 7, "as they are"] - resnet.loc[88, 2, 7, "-"]).abs() < 0.001).all()
+    for stride in (3, 4):
+        assert (resnet.loc[128, stride, 7, "enlarged"] <= resnet.loc[128, stride, 7, "as they are"]).all()
+    assert (resnet.loc[128, 4, 9, "as they are"] - whole).between(0, 0.0013).all()
+    mobile = rows.query("backbone == 'mobilenet_v2'").set_index(keys)[["fidelity", "relative_macs"]]
+    gain = mobile.loc[160, 4, 5, "enlarged"] - mobile.loc[80, 2, 3, "-"]
+    assert gain["fidelity"].item() == pytest.approx(0.006, abs=0.0005) and gain["relative_macs"].item() > 0.015
+    speed = pd.read_csv(ROOT / "book" / "records" / "cloud_speed.csv").query("members in (2, 7)").set_index("members")
+    # a pass of the original, and three of each member
+    work = (1 + 3 * speed["members_relative_macs"]) * speed["images_per_second"]
+    assert work[7] / work[2] == pytest.approx(0.5, abs=0.05)
 
 
 def test_what_the_optimiser_is_worth():

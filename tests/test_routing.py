@@ -95,6 +95,25 @@ def test_a_map_is_fitted_anew_when_pairs_have_grown_by_half():
     assert not torch.equal(correction.apply(1, cheap), first)
 
 
+def test_a_fit_leaves_no_other_thread_of_the_blas_busy(monkeypatch):
+    from threadpoolctl import threadpool_info
+
+    from piebridge import routing
+
+    seen = []
+
+    class Watched(routing.Ridge):
+        def fit(self, *args):
+            seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+            return super().fit(*args)
+
+    monkeypatch.setattr(routing, "Ridge", Watched)
+    correction = Correction(0)
+    correction.add(1, *pairs_of())
+    correction.fit(1)
+    assert seen and set(seen) == {1}
+
+
 def test_correction_of_exact_latents_is_the_identity():
     cheap, _ = pairs_of()
     correction = Correction(0)

@@ -159,6 +159,43 @@ def test_common_blocks_must_exist_and_need_resolutions():
         SubnetSpec(common=("layer4",))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_larger_stride_on_a_larger_input_costs_what_a_smaller_input_does(tmp_path, name):
+    small, large = SubnetSpec(resolution=16), SubnetSpec(resolution=32, stem_strides=(4,))
+    family = family_of(name, "head", [small, large])
+    save_family(family, tmp_path / "family")
+    loaded = load_family(tmp_path / "family", random_backbone(name), family.manifest.cut)
+    facts = {member.resolution: member for member in loaded.manifest.subnets[1:]}
+    assert facts[32].stem_stride == 4 and facts[16].stem_stride is None
+    assert facts[32].relative_macs == pytest.approx(facts[16].relative_macs, rel=0.02)
+    images = random_images(3, seed=1)
+    for before, after in zip(family.networks, loaded.networks):
+        expected, given = latents_of(before, images), latents_of(after, images)
+        assert (given - expected).abs().max() <= 0.02 * expected.abs().max()
+    strided = loaded.networks[[member.stem_stride for member in loaded.manifest.subnets].index(4)]
+    first = next(layer for layer in loaded.networks[0].modules() if isinstance(layer, torch.nn.Conv2d))
+    pixels = loaded.networks[0].input(images)
+    wanted = torch.nn.functional.conv2d(pixels, first.weight, stride=4, padding=first.padding)
+    given = next(layer for layer in strided.modules() if isinstance(layer, torch.nn.Conv2d))(pixels)
+    torch.testing.assert_close(given, wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_strides_are_one_for_each_side():
+    prefix, _ = random_backbone("resnet18").cut("head")
+    cuts = cut_set(prefix, SubnetSpec(resolutions=(32, 32, 16), stem_strides=(2, 4, 2)), random_images(2))
+    assert [cut.network.stem[0].stride for cut in cuts] == [(2, 2), (4, 4), (2, 2)]
+    assert prefix.stem[0].stride == (2, 2)
+    for wrong in ({"resolutions": (32, 16), "stem_strides": (4,)}, {"resolution": 32, "stem_strides": (4, 2)}):
+        with pytest.raises(ValueError, match=r"stem_strides: \d given; give one for each of \d sides"):
+            SubnetSpec(**wrong)
+
+
+def test_a_transformer_has_no_stem_to_stride():
+    prefix, _ = random_backbone("vit_tiny_patch16_224").cut("head")
+    with pytest.raises(ValueError, match="stem_strides: a transformer's patches keep their size"):
+        cut_subnet(prefix, SubnetSpec(stem_strides=(4,)), random_images(2))
+
+
 def test_sharing_with_a_later_subnet_is_refused(folder):
     text = json.loads((folder / "manifest.json").read_text())
     text["subnets"][1]["shares_with"] = 2

@@ -16,7 +16,7 @@ from piebridge.config import TrainingConfig
 from piebridge.methods import REGISTRY
 from piebridge.pet import Split
 from piebridge.routing import NO_PAIRS, EpochPlan, FixedRoute
-from piebridge.training import Plan, _windows, accuracy, fit
+from piebridge.training import Plan, _head_step, _is_head, _step, _windows, accuracy, fit
 
 LABELS = torch.arange(13) % 3
 
@@ -211,3 +211,28 @@ def test_accuracy_is_the_share_that_is_right():
     labels = torch.tensor([0, 1, 2, 1, 1] * 30)
     assert accuracy(nn.Identity(), lambda chosen: latents[chosen], labels, torch.arange(150)) == 80.0
     assert accuracy(nn.Identity(), lambda chosen: latents[chosen], labels, torch.tensor([3, 0])) == 50.0
+
+
+def test_the_step_of_a_head_is_that_of_autograd():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(size, 12, generator=generator) for size in (4, 4, 3, 1)]
+    reached = []
+    for take_step in (_step, _head_step):
+        torch.manual_seed(0)
+        suffix = nn.Sequential(nn.Linear(12, 5))
+        optimizer = torch.optim.SGD(suffix.parameters(), lr=0.3, momentum=0.9, fused=True)
+        losses = [take_step(suffix, batch, torch.arange(len(batch)) % 5, optimizer, None) for batch in batches]
+        reached.append([torch.cat(losses), *(parameter.detach() for parameter in suffix.parameters())])
+    for one, other in zip(*reached):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix, alone", [
+    (nn.Sequential(nn.Linear(3, 2)), True),
+    (nn.Sequential(nn.Linear(3, 2), nn.ReLU()), False),
+    (nn.Sequential(nn.Conv2d(3, 2, 1)), False),
+    (nn.Sequential(nn.Linear(3, 2).requires_grad_(False)), False),
+    (nn.Sequential(), False),
+])
+def test_only_a_lone_trained_linear_layer_is_a_head(suffix, alone):
+    assert _is_head(suffix) == alone
