@@ -269,7 +269,7 @@ def _is_head(suffix: nn.Sequential) -> bool:
 def _head_step(
     suffix: nn.Sequential, latents: Tensor, labels: Tensor, optimizer: torch.optim.SGD, penalty: None = None
 ) -> Tensor:
-    """`_step` for a linear head alone, two to three times as fast: autograd and optimizer take longer than the arithmetic.
+    """`_step` for a linear head alone, two to three times as fast: autograd takes longer than the arithmetic.
 
     The gradient is a product of matrices, which goes into the optimizer's momentum directly.
     """
