@@ -135,25 +135,32 @@ def test_what_the_book_says_of_the_committed_table():
         rows = {study: rows.loc[variant] for study, rows in studies.items()}
         return {study for study, row in rows.items() if row["behind"] > row["half_width"]}
 
-    paying = {"dtd_resnet18", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
+    paying = {"dogsvscats_resnet18", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
     assert len(studies) == 6
     assert beyond("drawn uniformly") == paying
-    assert beyond("best subnet") == paying | {"caltech101_resnet18"}
-    assert beyond("drawn by loss") == {"dogsvscats_resnet18", "caltech101_mobilenetv2"}
-    assert beyond("highest difficulty") == set(studies) - {"dogsvscats_resnet18"}
-    assert beyond("highest loss and difficulty") == {"dtd_resnet18"}
-    assert beyond("highest loss, latents kept") == set(studies) - {"dogsvscats_resnet18", "dogsvscats_mobilenetv2"}
-    assert beyond("highest loss, uncorrected") == set()
+    caltech = {"caltech101_resnet18", "caltech101_mobilenetv2"}
+    assert beyond("best subnet") == caltech | {"dtd_resnet18", "dogsvscats_mobilenetv2"}
+    assert beyond("drawn by loss") == set()
+    assert beyond("highest difficulty") == set(studies)
+    assert {"dogsvscats_resnet18", "dtd_mobilenetv2"} <= beyond("highest loss and difficulty")
+    assert len(beyond("highest loss and difficulty")) <= 3
+    added = [rows.loc["highest loss and difficulty"] for rows in studies.values()]
+    assert all(row["behind"] > -row["half_width"] for row in added)
+    assert beyond("highest loss, latents kept") == caltech
+    assert beyond("highest loss, uncorrected") == {"dogsvscats_resnet18", "dtd_mobilenetv2"}
+    gain = {study: rows.loc["highest loss, uncorrected", "behind"] for study, rows in studies.items()}
+    assert gain["dogsvscats_resnet18"] == pytest.approx(0.3, abs=0.05)
+    assert gain["dtd_mobilenetv2"] == pytest.approx(0.9, abs=0.05)
     rows = {study: rows.loc["drawn uniformly"] for study, rows in studies.items()}
     assert all(row["behind"] > -row["half_width"] for row in rows.values())  # chance is ahead nowhere
     fixed = studies["dogsvscats_resnet18"]["behind"]
-    assert fixed["best subnet, uncorrected"] < fixed["original"] < 0
-    assert fixed[["best subnet", "best subnet, uncorrected"]].tolist() == pytest.approx([-1 / 3, -2 / 3], abs=0.02)
+    assert fixed[["best subnet", "best subnet, uncorrected"]].tolist() == pytest.approx([-1 / 4] * 2, abs=0.02)
+    assert fixed["best subnet"] < fixed["original"] < 0
     lost = {study: -rows.loc["original", "behind"] for study, rows in studies.items()}
-    assert {study for study, points in lost.items() if points > 0.25} == {"caltech101_resnet18", "dtd_mobilenetv2"}
+    assert {study for study, points in lost.items() if points > 0.25} == {"caltech101_resnet18", "dtd_resnet18"}
     nothing = {study for study, rows in studies.items() if lost[study] <= rows.loc["original", "half_width"]}
-    assert nothing == set(studies) - {"caltech101_resnet18", "dtd_mobilenetv2"}
-    for study in ("dtd_resnet18", "dtd_mobilenetv2", "dogsvscats_mobilenetv2"):
+    assert nothing == set(studies) - {"caltech101_resnet18", "dtd_resnet18"}
+    for study in ("dtd_mobilenetv2", "dogsvscats_mobilenetv2"):
         behind = studies[study]["behind"]
         assert 3 < behind["cheap subnet"] < 4
         assert behind["drawn uniformly"] < behind["cheap subnet"] / 2
@@ -165,18 +172,20 @@ def test_what_the_book_says_of_the_choice_of_subnets():
     table = pd.read_csv(ROOT / "book" / "records" / "subnet_choice.csv")
     best = table.loc[table.groupby("study")["above_pet"].idxmax()].set_index("study")
     assert best["subnet"].to_dict() == {study: load_study(study).routing.subnet for study in best.index} == {
-        "dtd_resnet18": 7, "dogsvscats_resnet18": 5, "caltech101_resnet18": 5,
+        "dtd_resnet18": 6, "dogsvscats_resnet18": 8, "caltech101_resnet18": 6,
         "dtd_mobilenetv2": 6, "dogsvscats_mobilenetv2": 6, "caltech101_mobilenetv2": 3,
     }
     families = pd.read_csv(ROOT / "book" / "records" / "subnets.csv").drop_duplicates(["backbone", "subnet"])
     latency = families.set_index(["backbone", "subnet"])["relative_latency"]
-    assert latency["resnet18", 9] == pytest.approx(1 / 20, abs=0.005)
+    assert latency["resnet18", 8] == pytest.approx(1 / 8, abs=0.005)
     assert latency["resnet18", 5] == pytest.approx(1 / 5, abs=0.025)
-    for study, backbone in (("caltech101_resnet18", "resnet18"), ("caltech101_mobilenetv2", "mobilenet_v2")):
-        assert latency[backbone, best.loc[study, "subnet"]] > best.loc[study, "cost"] / 2
+    study = "caltech101_mobilenetv2"
+    assert latency["mobilenet_v2", best.loc[study, "subnet"]] > best.loc[study, "cost"] / 2
     for study in ("dtd_resnet18", "dogsvscats_resnet18"):
-        above = table.loc[table["study"] == study, "above_pet"]
-        assert above.max() - above.min() < 0.2
+        above = table[(table["study"] == study) & (table["pairs"] == 100)].set_index("subnet")["above_pet"]
+        cheap = above.loc[[5, 6, 8]]
+        assert cheap.max() - cheap.min() < 0.21
+    assert table.query("study == 'dtd_resnet18' and subnet == 4")["above_pet"].item() < -0.5
 
 
 def command(*arguments):
