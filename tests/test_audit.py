@@ -142,8 +142,9 @@ def test_what_the_book_says_of_the_committed_table():
     assert beyond("best subnet") == caltech | {"dtd_resnet18", "dogsvscats_mobilenetv2"}
     assert beyond("drawn by loss") == set()
     assert beyond("highest difficulty") == set(studies)
-    assert {"dogsvscats_resnet18", "dtd_mobilenetv2"} <= beyond("highest loss and difficulty")
-    assert len(beyond("highest loss and difficulty")) <= 3
+    assert beyond("highest loss and difficulty") == {
+        "dogsvscats_resnet18", "dtd_mobilenetv2", "caltech101_mobilenetv2"
+    }
     added = [rows.loc["highest loss and difficulty"] for rows in studies.values()]
     assert all(row["behind"] > -row["half_width"] for row in added)
     assert beyond("highest loss, latents kept") == caltech
@@ -184,7 +185,7 @@ def test_what_the_book_says_of_the_choice_of_subnets():
     for study in ("dtd_resnet18", "dogsvscats_resnet18"):
         above = table[(table["study"] == study) & (table["pairs"] == 100)].set_index("subnet")["above_pet"]
         cheap = above.loc[[5, 6, 8]]
-        assert cheap.max() - cheap.min() < 0.21
+        assert cheap.max() - cheap.min() < 0.2
     assert table.query("study == 'dtd_resnet18' and subnet == 4")["above_pet"].item() < -0.5
 
 

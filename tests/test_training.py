@@ -217,11 +217,17 @@ def test_the_step_of_a_head_is_that_of_autograd():
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(size, 12, generator=generator) for size in (4, 4, 3, 1)]
     reached = []
-    for take_step in (_step, _head_step):
+    for by_formula in (False, True):
         torch.manual_seed(0)
         suffix = nn.Sequential(nn.Linear(12, 5))
         optimizer = torch.optim.SGD(suffix.parameters(), lr=0.3, momentum=0.9, fused=True)
-        losses = [take_step(suffix, batch, torch.arange(len(batch)) % 5, optimizer, None) for batch in batches]
+        losses = []
+        for batch in batches:
+            labels = torch.arange(len(batch)) % 5
+            if by_formula:
+                losses.append(_head_step(suffix[0], batch, labels, optimizer))
+            else:
+                losses.append(_step(suffix, batch, labels, optimizer, None))
         reached.append([torch.cat(losses), *(parameter.detach() for parameter in suffix.parameters())])
     for one, other in zip(*reached):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
@@ -230,6 +236,7 @@ def test_the_step_of_a_head_is_that_of_autograd():
 @pytest.mark.parametrize("suffix, alone", [
     (nn.Sequential(nn.Linear(3, 2)), True),
     (nn.Sequential(nn.Linear(3, 2), nn.ReLU()), False),
+    (nn.Sequential(nn.Linear(3, 2, bias=False)), False),
     (nn.Sequential(nn.Conv2d(3, 2, 1)), False),
     (nn.Sequential(nn.Linear(3, 2).requires_grad_(False)), False),
     (nn.Sequential(), False),
