@@ -30,6 +30,7 @@ from .checkpoints import Checkpoint
 from .config import CloudConfig
 from .crops import random_crops
 from .goal import Goal, attention, stage_ends
+from .stems import fold_stem, unfold_stem
 from .updates import Update
 
 HISTORY = ["step", "seconds", "images_per_second", "member", "loss"]
@@ -78,6 +79,9 @@ def align(
     prefix, tail = (network.to(device).to(memory_format=torch.channels_last) for network in (prefix, tail))
     members = [member.to(device).to(memory_format=torch.channels_last) for member in members]
     _make_leaves(members)
+    if device.type == "cuda":
+        for network in (prefix, *members):
+            fold_stem(network)
     sample = images[torch.randint(len(images), (MOMENT_IMAGES,), generator=generator, device=device)]
     goal = Goal.of(prefix, random_crops(sample, resolution, config.crop_area, generator), config.loss)
     step = _Step(members, prefix, tail, goal, config, resolution, device, processes)
@@ -116,6 +120,8 @@ def align(
         state.close()
     for member in members:
         member.requires_grad_(False).eval()
+    for network in (prefix, *members):
+        unfold_stem(network)
     return pd.DataFrame(history, columns=HISTORY)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from .stems import fold_stem
+
 Runner = Callable[[Tensor], Tensor]
 
 
@@ -21,7 +23,7 @@ def prepare(network: nn.Module, engine: str, example: Tensor) -> Runner:
     Args:
         network: uint8 images (B, 3, H, W) to float32 latents; stays untouched.
         engine: `eager` (PyTorch, channels-last, batch norms folded into their convolutions, whose weights are laid
-            out once for oneDNN on a CPU) or `onnxruntime`
+            out once for oneDNN on a CPU, first convolution in blocks of pixels on a GPU) or `onnxruntime`
             (float32, on the CPU, as many threads as PyTorch has).
         example: uint8 images of the size and on the device of use.
 
@@ -43,6 +45,8 @@ def _eager(network: nn.Module, example: Tensor) -> Runner:
     frozen = frozen.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     if example.device.type == "cpu" and torch.backends.mkldnn.is_available():
         _pack_convolutions(frozen)
+    if example.device.type == "cuda":
+        fold_stem(frozen)
 
     def run(images: Tensor) -> Tensor:
         with torch.inference_mode():
