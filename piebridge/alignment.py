@@ -5,13 +5,15 @@ space alignment (PieBridge, SenSys 2024, appendix A.1); losses, schedule and eng
 
 On a GPU a step of nine small networks is thousands of short kernels, and launching them one by one would take longer
 than running them. So a step is recorded as a CUDA graph, after some plain ones, and replayed, each member in a stream
-of its own; where recording fails, kernels go on being launched one by one. So is the update of the weights.
+of its own; where recording fails, kernels go on being launched one by one. So is the update of the weights. First
+convolutions and frozen batch norms are folded (see `folding`).
 Several GPUs (torchrun) share each batch; what they exchange in a step is one mean of one flat tensor of gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +31,8 @@ from tqdm import tqdm
 from .checkpoints import Checkpoint
 from .config import CloudConfig
 from .crops import random_crops
+from .folding import fold_norms, fold_stem, unfold_norms, unfold_stem
 from .goal import Goal, attention, stage_ends
-from .stems import fold_stem, unfold_stem
 from .updates import Update
 
 HISTORY = ["step", "seconds", "images_per_second", "member", "loss"]
@@ -76,12 +78,15 @@ def align(
         )
     images = images.to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    prefix, tail = (network.to(device).to(memory_format=torch.channels_last) for network in (prefix, tail))
+    prefix, tail = (
+        copy.deepcopy(network).to(device).to(memory_format=torch.channels_last) for network in (prefix, tail)
+    )
     members = [member.to(device).to(memory_format=torch.channels_last) for member in members]
     _make_leaves(members)
     if device.type == "cuda":
         for network in (prefix, *members):
             fold_stem(network)
+    fold_norms(prefix)
     sample = images[torch.randint(len(images), (MOMENT_IMAGES,), generator=generator, device=device)]
     goal = Goal.of(prefix, random_crops(sample, resolution, config.crop_area, generator), config.loss)
     step = _Step(members, prefix, tail, goal, config, resolution, device, processes)
@@ -120,8 +125,7 @@ def align(
         state.close()
     for member in members:
         member.requires_grad_(False).eval()
-    for network in (prefix, *members):
-        unfold_stem(network)
+    step.unfold()
     return pd.DataFrame(history, columns=HISTORY)
 
 
@@ -165,7 +169,10 @@ class _Step:
         self._share_start()
         self.optimizer = Update(unique, config.optimizer)
         self.update = _Replayed(self.optimizer, self.on_gpu)
+        self.named = {f"member.{i}.{key}": value for i, member in enumerate(members)
+                      for key, value in member.state_dict().items()}
         self.learning_statistics: Optional[bool] = None
+        self.norms: list = []  # of each member, once they are part of the convolutions
 
     def __call__(self, batch: Tensor, learning_rate: float, learning_statistics: bool) -> Tensor:
         """Take a step; returns the losses, shape (members,), which the next step overwrites."""
@@ -174,6 +181,7 @@ class _Step:
             self.learning_statistics = learning_statistics
             if not learning_statistics:
                 self._share_statistics()
+                self.norms = [fold_norms(member) for member in self.members]
             for member in self.members:
                 member.train(learning_statistics)
             self.compute = _Replayed(self._compute, self.on_gpu)
@@ -219,9 +227,13 @@ class _Step:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes while training, by name; shared, not copied."""
-        named = {f"member.{i}.{key}": value for i, member in enumerate(self.members)
-                 for key, value in member.state_dict().items()}
-        return named | self.optimizer.tensors()
+        return self.named | self.optimizer.tensors()
+
+    def unfold(self) -> None:
+        """The members' layers become what they were."""
+        for member, norms in zip(self.members, self.norms):
+            unfold_norms(member, norms)
+            unfold_stem(member)
 
     def _share_start(self) -> None:
         """All processes start from the first one's weights."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from .stems import fold_stem
+from .folding import fold_stem
 
 Runner = Callable[[Tensor], Tensor]
 

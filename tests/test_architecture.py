@@ -11,7 +11,7 @@ PACKAGE = ROOT / "piebridge"
 
 # From the bottom up: a module imports from the layers below its own, never from its own or from above.
 LAYERS = [
-    {"config", "costs", "records", "embedded", "routing", "crops", "checkpoints", "updates", "stems"},
+    {"config", "costs", "records", "embedded", "routing", "crops", "checkpoints", "updates", "folding"},
     {"data", "backbones", "engines", "figures", "collection", "goal", "tensor_selection", "progress"},
     {"cutting", "pet", "alignment", "channel_pruning", "cloud_figures"},
     {"subnets"},

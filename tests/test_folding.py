@@ -1,14 +1,22 @@
-"""Convolving blocks of pixels against convolving pixels."""
+"""Folded layers against the layers themselves."""
 
 import copy
 
 import pytest
 import torch
-from tiny import random_backbone, random_images
+from tiny import BACKBONES, random_backbone, random_images
 from torch import nn
 from torch.nn import functional
 
-from piebridge.stems import FoldedConvolution, fold_stem, in_blocks, unfold_stem
+from piebridge.folding import (
+    FoldedConvolution,
+    NormedConvolution,
+    fold_norms,
+    fold_stem,
+    in_blocks,
+    unfold_norms,
+    unfold_stem,
+)
 
 
 @pytest.mark.parametrize("size", [128, 100, 33])
@@ -49,3 +57,30 @@ def test_what_cannot_gain_is_left_alone(network):
     before = list(network.children())
     fold_stem(network)
     assert list(network.children()) == before
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_folded_norms_give_the_same_latents_and_gradients(name):
+    """In double precision, with statistics and weights of batch norm that are not those of a new layer."""
+    prefix = copy.deepcopy(random_backbone(name).cut("head")[0]).double().requires_grad_(True)
+    for layer in prefix.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor in (layer.running_mean, layer.running_var, layer.weight.data, layer.bias.data):
+                tensor.uniform_(0.5, 1.5)
+    pixels, body = prefix.input(random_images(2)).double(), nn.Sequential(*list(prefix)[1:])
+    before, weights = str(prefix), dict(prefix.named_parameters())
+
+    def results():
+        latents = body(pixels)
+        return latents, torch.autograd.grad(latents.square().sum(), list(weights.values()))
+
+    latents, gradients = results()
+    norms = sum(isinstance(layer, nn.BatchNorm2d) for layer in prefix.modules())
+    folded = fold_norms(body)
+    assert len(folded) == norms == sum(isinstance(layer, NormedConvolution) for layer in body.modules())
+    found, found_gradients = results()
+    assert torch.allclose(found, latents, rtol=1e-9)
+    assert all(torch.allclose(*pair, rtol=1e-6, atol=1e-9) for pair in zip(found_gradients, gradients))
+    unfold_norms(body, folded)
+    assert str(prefix) == before
+    assert all(weights[key] is value for key, value in prefix.named_parameters())
