@@ -41,14 +41,18 @@ class Input(nn.Module):
         self.register_buffer("scale", 1 / (torch.tensor(std).view(1, 3, 1, 1) * 255), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """float32, shape (B, 3, resolution, resolution), of uint8 images, shape (B, 3, H, W)."""
+        """float32, channels-last, shape (B, 3, resolution, resolution), of uint8 images, shape (B, 3, H, W)."""
         if images.shape[-1] != self.resolution:
             on_cpu = images.device.type == "cpu"  # CUDA resizes floating-point images only
             images = functional.interpolate(
                 images if on_cpu else images.float(), (self.resolution, self.resolution), mode="bilinear",
                 antialias=True,
             )
-        return (images.float() - self.mean) * self.scale
+        pixels = images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        # row by row, since arithmetic on three numbers at a time uses no vectors
+        mean, scale = (channels.flatten().repeat(pixels.shape[2]) for channels in (self.mean, self.scale))
+        rows = torch.sub(pixels.flatten(2).float(), mean).mul_(scale)
+        return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
 class Pool(nn.Module):
