@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -123,9 +124,9 @@ def align(
     if state.enabled and first < config.steps:  # what comes after takes a minute or two
         state.save(step.tensors(), generator, history, config.steps, last_seconds)
         state.close()
+    step.unfold()
     for member in members:
         member.requires_grad_(False).eval()
-    step.unfold()
     return pd.DataFrame(history, columns=HISTORY)
 
 
@@ -231,7 +232,7 @@ class _Step:
 
     def unfold(self) -> None:
         """The members' layers become what they were."""
-        for member, norms in zip(self.members, self.norms):
+        for member, norms in itertools.zip_longest(self.members, self.norms, fillvalue=()):
             unfold_norms(member, norms)
             unfold_stem(member)
 

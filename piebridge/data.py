@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Optional, Union
 
@@ -23,6 +25,7 @@ from .embedded import handwritten_digits, render_characters
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
 CLOUD_MEMORY_MIB = 2**30  # a cloud machine holds its images in memory
+MANY_IMAGES = 20_000  # from here on starting processes is worth it
 SPLITS = ("train", "validation", "test")
 
 Source = Union[Path, bytes, np.ndarray]  # a file, its content, or an image (H, W, 3) uint8
@@ -303,23 +306,35 @@ def decode(
     store = allocate((len(sources), side, side, 3), np.dtype(np.uint8), memory_mib, scratch)
     good = np.ones(len(sources), dtype=bool)
 
-    def place(index: int) -> None:
-        try:
-            store[index] = _decode_one(sources[index], side)
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    with _workers(len(sources)) as pool:
+        found = pool.map(partial(_decode_or_say_why, side=side), sources, chunksize=32)
+        for index, image in enumerate(tqdm(found, total=len(sources), desc=progress, disable=len(sources) < 500)):
+            if not isinstance(image, str):
+                store[index] = image
+                continue
             name = sources[index] if isinstance(sources[index], Path) else f"image {index}"
             if not skip_corrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise DataError(
-                    f"{name}: cannot be decoded ({error}); remove it, or set data.on_corrupt=skip to leave it out"
-                ) from error
+                    f"{name}: cannot be decoded ({image}); remove it, or set data.on_corrupt=skip to leave it out"
+                )
             good[index] = False
             tqdm.write(f"left out, cannot be decoded: {name}", file=sys.stderr)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(place, range(len(sources))), total=len(sources), desc=progress, disable=len(sources) < 500)
-        for _ in bar:
-            pass
     return torch.from_numpy(store).permute(0, 3, 1, 2), good
+
+
+def _workers(images: int) -> Executor:
+    """Threads; for many images on Linux processes, which do not wait for each other's Python."""
+    if images < MANY_IMAGES or not sys.platform.startswith("linux"):
+        return ThreadPoolExecutor(os.cpu_count())
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork"))
+
+
+def _decode_or_say_why(source: Source, side: int) -> np.ndarray | str:
+    try:
+        return _decode_one(source, side)
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        return str(error) or type(error).__name__
 
 
 def _decode_one(source: Source, side: int) -> np.ndarray:

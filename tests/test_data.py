@@ -273,6 +273,20 @@ def test_every_format_becomes_the_same_rgb(tmp_path):
     assert {name: distance for name, distance in distances.items() if distance > 3} == {}
 
 
+def test_processes_decode_as_threads_do(tmp_path, monkeypatch):
+    paths = formats(tmp_path)
+    expected, _ = decode(paths, 32, 100)
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("text", encoding="utf-8")
+    monkeypatch.setattr("piebridge.data.MANY_IMAGES", 1)
+    monkeypatch.setattr("sys.platform", "linux")
+    images, good = decode([*paths, broken], 32, 100, skip_corrupt=True)
+    assert torch.equal(images[:-1], expected)
+    assert good.tolist() == [True] * len(paths) + [False]
+    with pytest.raises(DataError, match=r"broken\.jpg: cannot be decoded"):
+        decode([broken, *paths], 32, 100)
+
+
 def test_cmyk_photo_keeps_its_colours(tmp_path):
     colour = (200, 40, 90)
     Image.new("RGB", (32, 32), colour).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
