@@ -1,5 +1,7 @@
 """What the book says in words of the cloud side's records is what the records say."""
 
+import json
+
 import pandas as pd
 import pytest
 from tiny import ROOT
@@ -77,6 +79,12 @@ def test_speed():
     for optimizer in ("", "Muon, "):
         one, two = (of[[f"graph, a stream a member, {optimizer}{count} H100"]].min() for count in ("one", "two"))
         assert two > 1.7 * one
+    stems = {name.partition("; ")[2]: rate for name, rate in of.items() if "one H100; " in name}
+    assert stems["stems in blocks"] / stems["strided stems pixel by pixel"] == pytest.approx(1.4, abs=0.01)
+    folded, apart = (stems[f"stems in blocks{how}, last fifth"] for how in (", norms folded", ""))
+    assert folded / apart == pytest.approx(1.27, abs=0.005) and apart < stems["stems in blocks"]
+    two = of["graph, a stream a member, Muon, two H100; stems in blocks"]
+    assert two / stems["stems in blocks"] == pytest.approx(1.7, abs=0.005)
     muon, adamw = (of[f"graph, a stream a member, {name}one H100"].item() for name in ("Muon, ", "AdamW beside it, "))
     assert adamw / muon == pytest.approx(26 / 25, abs=0.01)
 
@@ -113,8 +121,12 @@ def test_what_families_are_worth():
 
 def test_what_long_runs_say():
     table = pd.read_csv(ROOT / "book" / "records" / "cloud_long.csv")
-    minutes = table.query("gpus == 1").drop_duplicates("backbone").set_index("backbone")["alignment_seconds"] / 60
-    assert minutes.round().to_dict() == {"resnet18": 12, "mobilenet_v2": 11}
+    shipped = json.loads((ROOT / "params" / "families" / "resnet18" / "manifest.json").read_text(encoding="utf-8"))
+    facts, last = shipped["provenance"], table.query("backbone == 'resnet18' and run == 6")
+    assert last["fidelity"].tolist() == [member["fidelity"] for member in shipped["subnets"][1:]]
+    assert set(last["alignment_seconds"]) == {facts["alignment_seconds"]} == {756.9}
+    assert facts["share_of_peak"] == pytest.approx(0.12, abs=0.005)
+    assert facts["steps"] * facts["batch_size"] / 1e6 == pytest.approx(6.7, abs=0.05)
     rows = table.query("backbone == 'resnet18'")
     fidelity = rows.pivot_table(index=["cut", "resolution"], columns="run", values="fidelity")
     dearest, cheapest = fidelity.loc["layer4 0.5"], fidelity.loc["width 0.5, layer3 0.375, layer4 0.0625"]
@@ -128,6 +140,10 @@ def test_what_long_runs_say():
     assert len(gain) == 8 and (gain > 0).sum() == 7 and gain.min() > -0.0015 and 0.0035 < gain.max() < 0.0045
     steps = rows.groupby("run")["steps"].first()
     assert steps[4] / steps[3] == pytest.approx(3 / 4, abs=0.02)
+    newest = (fidelity[6] - fidelity[5]).dropna().sort_index()
+    dear = newest.index.get_level_values("cut") == "layer4 0.5625"
+    assert (newest[dear].abs() < 0.0005).all() and newest[~dear].between(0.0013, 0.0062).all()
+    assert (dear.sum(), len(newest)) == (2, 9)
     alike = fidelity[5].dropna() - fidelity[4]
     assert len(alike.dropna()) == 3 and alike.dropna().between(0.001, 0.003).all()
     images = rows.assign(images=rows["steps"] * rows["batch_size"] / 1e6).query("run == 5")["images"].round(1)
