@@ -9,10 +9,10 @@ and seconds are not measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import pandas as pd
 import torch
@@ -35,7 +35,7 @@ from .methods.setting import (
     shared_plan,
 )
 from .router import Router
-from .routing import NO_PAIRS
+from .routing import NO_PAIRS, Choice
 from .subnets import Family
 from .training import Outcome, Plan, fit
 
@@ -52,19 +52,22 @@ class Variant:
         method: of the registry; the variant has its learning rate.
         plan: makes the plan; default: the method's own.
         difficulty: whether the router's difficulty has a weight.
-        routing: parameters that differ from: highest, corrected.
+        switched: with the correction where the study does without, and without where it corrects.
+        choice: of the images that get the original.
     """
 
     name: str
     method: str
     plan: Optional[Callable[[Setting], Plan]] = None
     difficulty: bool = False
-    routing: dict[str, Any] = field(default_factory=dict)
+    switched: bool = False
+    choice: Choice = "highest"
 
     def study(self, study: Study) -> Study:
         """The study with this variant's routing parameters."""
         weight = study.routing.difficulty if self.difficulty else 0.0
-        update = {"choice": "highest", "correction": True, "difficulty": weight} | self.routing
+        correction = study.routing.correction != self.switched
+        update = {"choice": self.choice, "correction": correction, "difficulty": weight}
         return study.model_copy(update={"routing": study.routing.model_copy(update=update)})
 
 
@@ -72,14 +75,14 @@ REFERENCE = "highest loss"  # PieBridge's own routes
 VARIANTS = (
     Variant("original", "pet"),
     Variant("best subnet", "fixed"),
-    Variant("best subnet, uncorrected", "fixed", routing={"correction": False}),
+    Variant("best subnet, correction switched", "fixed", switched=True),
     Variant("cheap subnet", "fixed", lambda setting: fixed.plan(setting, cheap_route(setting))),
     Variant("drawn uniformly", "random"),
     Variant("lowest similarity", "oracle"),
     Variant(REFERENCE, "piebridge"),
-    Variant("highest loss, uncorrected", "piebridge", routing={"correction": False}),
+    Variant("highest loss, correction switched", "piebridge", switched=True),
     Variant("highest loss, latents kept", "piebridge_cached"),
-    Variant("drawn by loss", "piebridge", routing={"choice": "drawn"}),
+    Variant("drawn by loss", "piebridge", choice="drawn"),
     Variant("highest difficulty", "piebridge", lambda setting: shared_plan(setting, permanent=True), difficulty=True),
     Variant("highest loss and difficulty", "piebridge", difficulty=True),
 )
