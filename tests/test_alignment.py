@@ -1,5 +1,6 @@
 """Alignment brings a subnet nearer to the original and leaves the original alone."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import ROOT, copied_state, random_images, same_tensors, tiny_study
+from tiny import ROOT, SIDE, copied_state, random_backbone, random_images, same_tensors, tiny_study
 
 from piebridge import alignment, checkpoints
 from piebridge.alignment import align
@@ -17,6 +18,7 @@ from piebridge.config import SubnetSpec
 from piebridge.crops import random_crops
 from piebridge.cutting import cut_set, cut_subnet, shared_tensors
 from piebridge.data import load_cloud
+from piebridge.folding import fold_stem
 from piebridge.subnets import fidelity, latents_of
 
 
@@ -118,6 +120,18 @@ def test_a_killed_alignment_goes_on_and_ends_the_same(tiny, tmp_path, monkeypatc
     assert same_tensors(copied_state(continued[0]), copied_state(whole[0]))
     assert later[["step", "member", "loss"]].equals(history[["step", "member", "loss"]])
     assert later["seconds"].is_monotonic_increasing
+
+
+def test_members_come_out_with_the_librarys_own_layers(tmp_path):
+    """Folded while they train, also where the checkpoint says that nothing is left to do."""
+    prefix, tail = random_backbone("resnet18").cut("head")
+    study = tiny_study("cloud.steps=2 cloud.batch_size=4 cloud.loss.frozen_statistics=0.5")
+    for _ in range(2):
+        member = copy.deepcopy(prefix).requires_grad_(True)
+        fold_stem(member)  # as alignment does on a GPU
+        align([member], prefix, tail, random_images(8), SIDE, study.cloud, 0, tmp_path / "state.safetensors")
+        assert str(member) == str(prefix)
+        assert not any(module.training for module in member.modules())
 
 
 def test_shared_convolutions_stay_the_originals(tiny):
