@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -55,7 +54,7 @@ def align(
 
     Args:
         members: subnets, uint8 or float images in [0, 255] to latents; on the device of `config`.
-        prefix: the original, frozen.
+        prefix: the original, frozen; stays untouched.
         tail: the original's layers behind the cut, latents to logits, frozen.
         images: uint8, shape (N, 3, S, S), anywhere; batches are cropped on the members' device.
         resolution: side of the crops, pixels.
@@ -124,8 +123,9 @@ def align(
     if state.enabled and first < config.steps:  # what comes after takes a minute or two
         state.save(step.tensors(), generator, history, config.steps, last_seconds)
         state.close()
-    step.unfold()
     for member in members:
+        unfold_norms(member)
+        unfold_stem(member)
         member.requires_grad_(False).eval()
     return pd.DataFrame(history, columns=HISTORY)
 
@@ -170,10 +170,10 @@ class _Step:
         self._share_start()
         self.optimizer = Update(unique, config.optimizer)
         self.update = _Replayed(self.optimizer, self.on_gpu)
+        # under the names that the layers have before they are folded
         self.named = {f"member.{i}.{key}": value for i, member in enumerate(members)
                       for key, value in member.state_dict().items()}
         self.learning_statistics: Optional[bool] = None
-        self.norms: list = []  # of each member, once they are part of the convolutions
 
     def __call__(self, batch: Tensor, learning_rate: float, learning_statistics: bool) -> Tensor:
         """Take a step; returns the losses, shape (members,), which the next step overwrites."""
@@ -182,9 +182,10 @@ class _Step:
             self.learning_statistics = learning_statistics
             if not learning_statistics:
                 self._share_statistics()
-                self.norms = [fold_norms(member) for member in self.members]
             for member in self.members:
                 member.train(learning_statistics)
+                if not learning_statistics:
+                    fold_norms(member)
             self.compute = _Replayed(self._compute, self.on_gpu)
         self.compute()
         if self.processes.num_processes > 1:
@@ -229,12 +230,6 @@ class _Step:
     def tensors(self) -> dict[str, Tensor]:
         """All that changes while training, by name; shared, not copied."""
         return self.named | self.optimizer.tensors()
-
-    def unfold(self) -> None:
-        """The members' layers become what they were."""
-        for member, norms in itertools.zip_longest(self.members, self.norms, fillvalue=()):
-            unfold_norms(member, norms)
-            unfold_stem(member)
 
     def _share_start(self) -> None:
         """All processes start from the first one's weights."""

@@ -23,8 +23,8 @@ def prepare(network: nn.Module, engine: str, example: Tensor) -> Runner:
     Args:
         network: uint8 images (B, 3, H, W) to float32 latents; stays untouched.
         engine: `eager` (PyTorch, channels-last, batch norms folded into their convolutions, whose weights are laid
-            out once for oneDNN on a CPU, first convolution in blocks of pixels on a GPU) or `onnxruntime`
-            (float32, on the CPU, as many threads as PyTorch has).
+            out once for oneDNN on a CPU, the first convolution in blocks of pixels on a GPU) or `onnxruntime` (float32,
+            on the CPU, as many threads as PyTorch has).
         example: uint8 images of the size and on the device of use.
 
     Returns:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +82,16 @@ def _like(layer: nn.Conv2d, kind: type[nn.Conv2d]) -> nn.Conv2d:
 
 
 class NormedConvolution(nn.Module):
-    """A convolution and the batch norm behind it with its running statistics, as one convolution, trained as both."""
+    """A convolution and the batch norm behind it with its running statistics, as one convolution, trained as both.
 
-    def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    Args:
+        convolution, norm: the layers, kept.
+        norm_name: of the norm in the network.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d, norm_name: str) -> None:
         super().__init__()
-        self.convolution, self.norm = convolution, norm
+        self.convolution, self.norm, self.norm_name = convolution, norm, norm_name
 
     def forward(self, maps: Tensor) -> Tensor:
         layer, norm = self.convolution, self.norm
@@ -100,29 +104,24 @@ class NormedConvolution(nn.Module):
         return layer._conv_forward(maps, weight, bias)
 
 
-def fold_norms(network: nn.Module) -> list[tuple[str, nn.Conv2d, str, nn.BatchNorm2d]]:
+def fold_norms(network: nn.Module) -> None:
     """Let a network's convolutions do the work of the batch norms behind them, in place, with the running statistics.
 
     All tensors stay the same objects. Pairs are those of neighbours in the order of registration, as torchvision writes
     its networks; others are left as they are.
-
-    Returns:
-        What `unfold_norms` needs to undo it.
     """
     kinds = (nn.Conv2d, nn.BatchNorm2d)
     layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, kinds)]
-    folded = [
-        (name, layer, norm_name, norm) for (name, layer), (norm_name, norm) in itertools.pairwise(layers)
-        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.num_features == layer.out_channels
-    ]
-    for name, layer, norm_name, norm in folded:
-        network.set_submodule(name, NormedConvolution(layer, norm))
-        network.set_submodule(norm_name, nn.Identity())
-    return folded
+    for (name, layer), (norm_name, norm) in itertools.pairwise(layers):
+        pair = isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        if pair and norm.num_features == layer.out_channels:
+            network.set_submodule(name, NormedConvolution(layer, norm, norm_name))
+            network.set_submodule(norm_name, nn.Identity())
 
 
-def unfold_norms(network: nn.Module, folded: Sequence[tuple[str, nn.Conv2d, str, nn.BatchNorm2d]]) -> None:
-    """Undo `fold_norms`, keeping the weights."""
-    for name, layer, norm_name, norm in folded:
-        network.set_submodule(name, layer)
-        network.set_submodule(norm_name, norm)
+def unfold_norms(network: nn.Module) -> None:
+    """Undo `fold_norms` on the same network, keeping the weights."""
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, NormedConvolution):
+            network.set_submodule(name, layer.convolution)
+            network.set_submodule(layer.norm_name, layer.norm)

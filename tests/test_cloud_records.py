@@ -84,7 +84,7 @@ def test_speed():
     folded, apart = (stems[f"stems in blocks{how}, last fifth"] for how in (", norms folded", ""))
     assert folded / apart == pytest.approx(1.27, abs=0.005) and apart < stems["stems in blocks"]
     two = of["graph, a stream a member, Muon, two H100; stems in blocks"]
-    assert two / stems["stems in blocks"] == pytest.approx(1.7, abs=0.005)
+    assert two > 1.7 * stems["stems in blocks"]
     muon, adamw = (of[f"graph, a stream a member, {name}one H100"].item() for name in ("Muon, ", "AdamW beside it, "))
     assert adamw / muon == pytest.approx(26 / 25, abs=0.01)
 
