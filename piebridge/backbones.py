@@ -42,13 +42,14 @@ class Input(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float32, channels-last, shape (B, 3, resolution, resolution), of uint8 images, shape (B, 3, H, W)."""
+        # by stacking, since the three channels are interleaved several times faster so than by a change of layout
+        pixels = torch.stack(images.unbind(1), dim=-1)
         if images.shape[-1] != self.resolution:
             on_cpu = images.device.type == "cpu"  # CUDA resizes floating-point images only
-            images = functional.interpolate(
-                images if on_cpu else images.float(), (self.resolution, self.resolution), mode="bilinear",
-                antialias=True,
-            )
-        pixels = images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+            pixels = functional.interpolate(
+                (pixels if on_cpu else pixels.float()).permute(0, 3, 1, 2), (self.resolution, self.resolution),
+                mode="bilinear", antialias=True,
+            ).permute(0, 2, 3, 1).contiguous()
         # row by row, since arithmetic on three numbers at a time uses no vectors
         mean, scale = (channels.flatten().repeat(pixels.shape[2]) for channels in (self.mean, self.scale))
         rows = torch.sub(pixels.flatten(2).float(), mean).mul_(scale)

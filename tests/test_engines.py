@@ -1,7 +1,12 @@
 """Whatever engine runs a frozen network, the latents are the same for any batch size."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.utils._python_dispatch
 from tiny import copied_state, random_backbone, random_images, same_tensors
 
 from piebridge.config import SubnetSpec
@@ -48,6 +53,57 @@ def test_eager(key):
 def test_onnxruntime(key):
     pytest.importorskip("onnxruntime")
     check(key, "onnxruntime")
+
+
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the operators called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name, additions", [("mobilenet_v2", 10), ("resnet18", 8)])
+def test_activations_and_additions_are_part_of_their_convolutions(name, additions):
+    prefix, _ = random_backbone(name).cut("head")
+    images = random_images(2)
+    run = prepare(prefix, "eager", images)
+    run(images)  # lays out the weights
+    with Recorder() as recorder:
+        run(images)
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in prefix.modules())
+    assert recorder.names.count("_convolution_pointwise") == convolutions
+    assert not {"relu", "relu_", "hardtanh", "hardtanh_", "clamp", "add", "add_"} & set(recorder.names)
+    with Recorder() as recorder:
+        prefix(images)
+    assert recorder.names.count("add") + recorder.names.count("add_") == additions
+
+
+def faults_of_a_pass(setting):
+    """Page faults of one pass that makes maps of 40 MB, in a new process after two others."""
+    code = f"""
+import resource, torch
+from piebridge.engines import prepare
+torch.set_num_threads(1)
+network = torch.nn.Sequential(torch.nn.Conv2d(3, 96, 1), torch.nn.BatchNorm2d(96), torch.nn.ReLU()).eval()
+images = torch.rand(16, 3, 80, 80)
+run = prepare(torch.nn.Sequential(network), "eager", images) if {setting} else network.requires_grad_(False)
+run(images), run(images)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+run(images)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory by rules of its own")
+def test_memory_is_kept_between_passes():
+    assert faults_of_a_pass(False) > 5000  # 40 MB in pages of 4 kB
+    assert faults_of_a_pass(True) < 500
 
 
 def test_full_training_has_no_prefix_to_run():
