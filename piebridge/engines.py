@@ -24,13 +24,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and numbers of glibc's mall
 
 
 def prepare(network: nn.Module, engine: str, example: Tensor) -> Runner:
-    """Make a frozen network ready to run.
+    """Make a frozen network ready to run. On a CPU the process keeps its memory from now on, see `keep_memory`.
 
     Args:
         network: uint8 images (B, 3, H, W) to float32 latents; stays untouched.
         engine: `eager` (PyTorch, channels-last, batch norms folded into their convolutions, whose weights are laid
-            out once for oneDNN on a CPU, the first convolution in blocks of pixels on a GPU) or `onnxruntime` (float32,
-            on the CPU, as many threads as PyTorch has).
+            out once for oneDNN on a CPU, with the additions and ReLUs behind them; the first convolution in blocks of
+            pixels on a GPU) or `onnxruntime` (float32, on the CPU, as many threads as PyTorch has).
         example: uint8 images of the size and on the device of use.
 
     Returns:

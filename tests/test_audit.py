@@ -135,41 +135,44 @@ def test_what_the_book_says_of_the_committed_table():
         rows = {study: rows.loc[variant] for study, rows in studies.items()}
         return {study for study, row in rows.items() if row["behind"] > row["half_width"]}
 
-    paying = {"dtd_resnet18", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
     resnet = {study for study in studies if study.endswith("resnet18")}
+    mobile = set(studies) - resnet
     assert len(studies) == 6
-    assert beyond("drawn uniformly") == paying
-    assert beyond("best subnet") == {"dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
+    assert beyond("drawn uniformly") == {"dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
+    assert beyond("best subnet") == mobile
     assert beyond("drawn by loss") == set()
-    assert beyond("highest difficulty") == set(studies) - {"dogsvscats_resnet18", "caltech101_resnet18"}
-    assert beyond("highest loss and difficulty") == {
-        "caltech101_resnet18", "dtd_mobilenetv2", "caltech101_mobilenetv2"
-    }
-    for variant in ("drawn uniformly", "highest difficulty", "highest loss and difficulty"):
+    assert beyond("highest difficulty") == mobile
+    assert beyond("highest loss and difficulty") == {"caltech101_mobilenetv2"}
+    for variant in ("drawn uniformly", "drawn by loss", "highest difficulty", "highest loss and difficulty"):
         rows = [rows.loc[variant] for rows in studies.values()]
         assert all(row["behind"] > -row["half_width"] for row in rows)  # ahead nowhere
-    assert beyond("highest loss, latents kept") == {"caltech101_mobilenetv2"}
-    assert beyond("highest loss, correction switched") == {"dtd_mobilenetv2"}
+    assert beyond("highest loss, latents kept") == {"dtd_mobilenetv2"}
+    assert beyond("highest loss, correction switched") == set()
     switched = {study: rows.loc["highest loss, correction switched"] for study, rows in studies.items()}
-    assert switched["dtd_mobilenetv2"]["behind"] == pytest.approx(0.9, abs=0.05)
-    assert all(row["behind"] > -row["half_width"] for row in switched.values())
+    harmed = {study for study, row in switched.items() if -row["behind"] > row["half_width"]}
+    assert harmed == {"dogsvscats_mobilenetv2"}
+    assert switched["dogsvscats_mobilenetv2"]["behind"] == pytest.approx(-0.65, abs=0.01)
+    original = studies["dogsvscats_mobilenetv2"].loc["original", "behind"]
+    assert switched["dogsvscats_mobilenetv2"]["behind"] == pytest.approx(original, abs=0.15)
     assert {study for study in studies if not load_study(study).routing.correction} == resnet
     fixed = {study: rows.loc["best subnet"] for study, rows in studies.items()}
     ahead = {study for study, row in fixed.items() if -row["behind"] > row["half_width"]}
     assert ahead == {"dogsvscats_resnet18"}
-    assert fixed["dogsvscats_resnet18"]["behind"] == pytest.approx(-0.4, abs=0.05)
+    assert fixed["dogsvscats_resnet18"]["behind"] == pytest.approx(-0.35, abs=0.01)
     lost = {study: -rows.loc["original", "behind"] for study, rows in studies.items()}
-    assert lost["dogsvscats_resnet18"] == pytest.approx(0.4, abs=0.05)
-    assert [lost[study] for study in ("dtd_resnet18", "caltech101_resnet18")] == pytest.approx([0.6, 0.6], abs=0.05)
+    assert {study: round(points, 1) for study, points in lost.items() if study != "dtd_mobilenetv2"} == {
+        "dogsvscats_resnet18": 0.3, "dtd_resnet18": 0.7, "caltech101_resnet18": 0.7,
+        "dogsvscats_mobilenetv2": 0.5, "caltech101_mobilenetv2": 0.5,
+    }
     nothing = {study for study, rows in studies.items() if lost[study] <= rows.loc["original", "half_width"]}
-    assert nothing == set(studies) - resnet
-    for study in ("dtd_mobilenetv2", "dogsvscats_mobilenetv2"):
-        behind = studies[study]["behind"]
-        assert 3 < behind["cheap subnet"] < 4
-        assert behind["drawn uniformly"] < behind["cheap subnet"] / 2
+    assert nothing == {"dtd_mobilenetv2"}
+    behind = studies["dtd_mobilenetv2"]["behind"]
+    assert 3.5 < behind["cheap subnet"] < 4 and behind["drawn uniformly"] < behind["cheap subnet"] / 10
+    behind = studies["caltech101_mobilenetv2"]["behind"]
+    assert 1.5 < behind["cheap subnet"] < 2
+    assert behind["drawn uniformly"] / behind["cheap subnet"] == pytest.approx(0.5, abs=0.05)
     reached = table.groupby(["study", "variant"])["test_accuracy"].mean().unstack()
-    worse = reached["lowest similarity"] < reached["drawn uniformly"]
-    assert worse.sum() == 5 and not worse["dtd_resnet18"]
+    assert (reached["lowest similarity"] < reached["drawn uniformly"]).all()
 
 
 def test_what_the_book_says_of_the_choice_of_subnets():
@@ -177,13 +180,11 @@ def test_what_the_book_says_of_the_choice_of_subnets():
     best = table.loc[table.groupby("study")["above_pet"].idxmax()].set_index("study")
     assert best["subnet"].to_dict() == {study: load_study(study).routing.subnet for study in best.index} == {
         "dtd_resnet18": 6, "dogsvscats_resnet18": 8, "caltech101_resnet18": 4,
-        "dtd_mobilenetv2": 6, "dogsvscats_mobilenetv2": 6, "caltech101_mobilenetv2": 3,
+        "dtd_mobilenetv2": 8, "dogsvscats_mobilenetv2": 4, "caltech101_mobilenetv2": 6,
     }
     families = pd.read_csv(ROOT / "book" / "records" / "subnets.csv").drop_duplicates(["backbone", "subnet"])
     latency = families.set_index(["backbone", "subnet"])["relative_latency"]
-    assert latency.loc["resnet18"].loc[[8, 6, 5]].tolist() == pytest.approx([1 / 7, 1 / 5, 1 / 4], abs=0.01)
-    study = "caltech101_mobilenetv2"
-    assert latency["mobilenet_v2", best.loc[study, "subnet"]] > best.loc[study, "cost"] / 2
+    assert latency.loc["resnet18"].loc[[8, 6, 5]].tolist() == pytest.approx([0.14, 0.19, 0.24], abs=0.005)
     corrected = table["pairs"] > 0
     above = {how: rows.set_index(["study", "subnet"])["above_pet"] for how, rows in table.groupby(corrected)}
     difference = (above[True] - above[False]).dropna()

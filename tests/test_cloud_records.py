@@ -111,16 +111,51 @@ def test_what_families_are_worth():
     assert resnet.loc[4, ["caltech101", "dtd"]].max() < 1 and resnet.loc[4, "dogs_vs_cats"] < 0
     coarse = rows.query("backbone == 'resnet18' and subnet == 6")
     assert ((coarse["fidelity_cloud"] - coarse["fidelity"]) < 0.015).all()
-    assert facts.loc[("mobilenet_v2", 4), "relative_latency"] < 0.25
-    assert mobile.loc[4].max() < 2
-    latency = facts.loc["mobilenet_v2", "relative_latency"]
-    assert latency[6] / latency[5] == pytest.approx(0.75, abs=0.03)
-    assert mobile.loc[6].mean() / mobile.loc[5].mean() == pytest.approx(2, abs=0.5)
+    latency, mean = facts.loc["mobilenet_v2", "relative_latency"], mobile.mean(axis=1)
+    assert latency[4] < 1 / 3 and mean[4] == pytest.approx(1.2, abs=0.05)
+    assert latency[6] == pytest.approx(1 / 4, abs=0.01) and mean[6] == pytest.approx(1.8, abs=0.05)
+    assert latency[5] / latency[4] == pytest.approx(2 / 3, abs=0.02) and mean[5] > 3 * mean[4]
+    cut = {backbone: manifest(backbone)["subnets"] for backbone in ("resnet18", "mobilenet_v2")}
+    for (backbone, subnet), row in facts.iterrows():
+        assert row["relative_latency"] == cut[backbone][subnet]["relative_latency"]
+        assert row["fidelity_cloud"] == cut[backbone][subnet]["fidelity"]
+    four, five = (cut["mobilenet_v2"][subnet] for subnet in (4, 5))
+    assert four["resolution"] == five["resolution"] == 72
+    assert len(five["removed"]) - len(four["removed"]) == 6
+
+
+def manifest(backbone):
+    return json.loads((ROOT / "params" / "families" / backbone / "manifest.json").read_text(encoding="utf-8"))
+
+
+def test_blocks_or_pixels():
+    table = pd.read_csv(ROOT / "book" / "records" / "cloud_depth.csv")
+    table["left_out"] = table["without"].str.split().str.len()
+    table["key"] = list(zip(table["left_out"], table["resolution"]))
+    adamw = table.query("optimizer == 'AdamW' and batch_size == 512")
+    crops = "milder at the end"
+    by_rate = adamw[adamw["crops"] == crops].pivot_table(index="key", columns="learning_rate", values="fidelity")
+    at_all = by_rate.dropna(subset=[0.002, 0.006, 0.008, 0.012])
+    assert len(at_all) == 2 and (at_all[0.012] < at_all[0.002]).all() and (at_all[0.008] > at_all[0.002]).all()
+    plain = adamw[adamw["crops"] == "-"].pivot_table(index="key", columns="learning_rate", values="fidelity")
+    assert (plain[0.004] - plain[0.002]).dropna().between(0.0115, 0.0125).all()
+    muon = table.query("optimizer == 'Muon'").set_index("key")["fidelity"]
+    assert len(muon) == 2 and (muon < at_all[0.002]).all()
+    rows = adamw.query("learning_rate == 0.004").groupby("key")[["fidelity", "relative_latency"]].mean()
+    blocks, pixels, most = rows.loc[[(8, 64)]].iloc[0], rows.loc[[(5, 56)]].iloc[0], rows.loc[[(10, 72)]].iloc[0]
+    assert blocks["fidelity"] > pixels["fidelity"] - 0.0025
+    assert blocks["relative_latency"] / pixels["relative_latency"] == pytest.approx(0.9, abs=0.01)
+    assert most["fidelity"] < blocks["fidelity"] and most["relative_latency"] > blocks["relative_latency"]
+    mixed = adamw[adamw["crops"].str.startswith("mixed")].pivot_table(
+        index="key", columns="learning_rate", values="fidelity"
+    )
+    gain = mixed - by_rate.loc[mixed.index, mixed.columns]
+    assert gain[0.006].between(0.004, 0.009).all() and gain[0.002].between(0, 0.0015).all()
 
 
 def test_what_long_runs_say():
     table = pd.read_csv(ROOT / "book" / "records" / "cloud_long.csv")
-    shipped = json.loads((ROOT / "params" / "families" / "resnet18" / "manifest.json").read_text(encoding="utf-8"))
+    shipped = manifest("resnet18")
     facts, last = shipped["provenance"], table.query("backbone == 'resnet18' and run == 6")
     assert last["fidelity"].tolist() == [member["fidelity"] for member in shipped["subnets"][1:]]
     assert set(last["alignment_seconds"]) == {facts["alignment_seconds"]} == {756.9}
@@ -148,6 +183,14 @@ def test_what_long_runs_say():
     images = rows.assign(images=rows["steps"] * rows["batch_size"] / 1e6).query("run == 5")["images"].round(1)
     assert images.tolist() == [9.1] * 2 + [4.1] * 7
     assert rows.query("run == 4")["steps"].iloc[0] * 512 / 1e6 == pytest.approx(3.9, abs=0.05)
+    mobile = table.query("backbone == 'mobilenet_v2'")
+    third, facts = mobile.query("run == 3"), manifest("mobilenet_v2")
+    assert third["fidelity"].tolist() == [member["fidelity"] for member in facts["subnets"][1:]]
+    assert set(third["alignment_seconds"]) == {facts["provenance"]["alignment_seconds"]} == {778.9}
+    alike = mobile.pivot_table(index=["cut", "resolution"], columns="run", values="fidelity").dropna(subset=[2, 3])
+    assert len(alike) == 4 and (alike[3] - alike[2]).between(0.01, 0.02).all()
+    images = mobile.assign(images=mobile["steps"] * mobile["batch_size"]).groupby("run")["images"].first()
+    assert images[2] / images[3] == pytest.approx(3 / 4, abs=0.03)
 
 
 def test_what_a_coarser_stem_is_worth():
