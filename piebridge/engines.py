@@ -126,9 +126,11 @@ def _pack_convolutions(block: GraphModule) -> None:
         replaced, inputs, activation = [node], [node.args[0]], None
         following = _only_user(node)
         if following is not None and following.target in (operator.add, operator.iadd, torch.add):
-            inputs += [other for other in following.args if other is not node]
-            replaced.append(following)
-            following = _only_user(following)
+            others = [other for other in following.args if isinstance(other, Node) and other is not node]
+            if len(others) == 1 and not following.kwargs:  # neither a number nor the convolution's own output
+                inputs += others
+                replaced.append(following)
+                following = _only_user(following)
         if following is not None and type(modules.get(following.target)) in (nn.ReLU, nn.ReLU6):
             activation = modules[following.target]
             replaced.append(following)

@@ -185,6 +185,9 @@ def test_what_the_book_says_of_the_choice_of_subnets():
     families = pd.read_csv(ROOT / "book" / "records" / "subnets.csv").drop_duplicates(["backbone", "subnet"])
     latency = families.set_index(["backbone", "subnet"])["relative_latency"]
     assert latency.loc["resnet18"].loc[[8, 6, 5]].tolist() == pytest.approx([0.14, 0.19, 0.24], abs=0.005)
+    dogs = table.query("study == 'dogsvscats_mobilenetv2' and subnet == 4").set_index("pairs")["above_pet"]
+    assert dogs[100] - dogs[0] == pytest.approx(0.4)
+    table = table[table["study"].str.endswith("resnet18")]
     corrected = table["pairs"] > 0
     above = {how: rows.set_index(["study", "subnet"])["above_pet"] for how, rows in table.groupby(corrected)}
     difference = (above[True] - above[False]).dropna()

@@ -83,6 +83,27 @@ def test_activations_and_additions_are_part_of_their_convolutions(name, addition
     assert recorder.names.count("add") + recorder.names.count("add_") == additions
 
 
+class Sums(torch.nn.Module):
+    """Additions that no convolution can take in: of a number, of the output to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 1)
+        self.norm, self.relu = torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+
+    def forward(self, images):
+        numbered = self.relu(self.norm(self.first(images)) + 1.0)
+        doubled = self.second(numbered)
+        return self.relu(doubled + doubled)
+
+
+def test_other_additions_stay():
+    torch.manual_seed(0)
+    network, images = torch.nn.Sequential(Sums()).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(prepare(network, "eager", images)(images), network(images))
+
+
 def faults_of_a_pass(setting):
     """Page faults of one pass that makes maps of 40 MB, in a new process after two others."""
     code = f"""
