@@ -130,8 +130,8 @@ def manifest(backbone):
 
 def test_blocks_or_pixels():
     table = pd.read_csv(ROOT / "book" / "records" / "cloud_depth.csv")
-    table["left_out"] = table["without"].str.split().str.len()
-    table["key"] = list(zip(table["left_out"], table["resolution"]))
+    table["blocks"] = table["left_out"].str.split().str.len()
+    table["key"] = list(zip(table["blocks"], table["resolution"]))
     adamw = table.query("optimizer == 'AdamW' and batch_size == 512")
     crops = "milder at the end"
     by_rate = adamw[adamw["crops"] == crops].pivot_table(index="key", columns="learning_rate", values="fidelity")
