@@ -48,8 +48,7 @@ def keep_memory() -> None:
     """Have the C library keep freed memory for the next pass instead of giving it back to the system.
 
     By default glibc asks the system for each large map of the first layers and gives it back after use, and the system
-    clears it page by page: a third of the time of a pass of MobileNetV2, now and then an eighth of ResNet-18's. The
-    peak stays what it is. Elsewhere than in glibc nothing is done.
+    clears it page by page (book, *Memory is kept between passes*). Elsewhere than in glibc nothing is done.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
