@@ -42,8 +42,10 @@ class Input(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float32, channels-last, shape (B, 3, resolution, resolution), of uint8 images, shape (B, 3, H, W)."""
-        # by stacking, since the three channels are interleaved several times faster so than by a change of layout
-        pixels = torch.stack(images.unbind(1), dim=-1)
+        if images.is_contiguous(memory_format=torch.channels_last):
+            pixels = images.permute(0, 2, 3, 1)
+        else:  # by stacking, since the channels are interleaved several times faster so than by a change of layout
+            pixels = torch.stack(images.unbind(1), dim=-1)
         if images.shape[-1] != self.resolution:
             on_cpu = images.device.type == "cpu"  # CUDA resizes floating-point images only
             pixels = functional.interpolate(
@@ -118,8 +120,9 @@ class Backbone:
         return 16 if hasattr(self.blocks, "embed") else 8
 
     def example(self, count: int = 1) -> Tensor:
-        """Black uint8 images of the backbone's own size, shape (count, 3, resolution, resolution)."""
-        return torch.zeros(count, 3, self.resolution, self.resolution, dtype=torch.uint8)
+        """Black uint8 images of the backbone's own size, shape (count, 3, resolution, resolution), channels-last."""
+        images = torch.zeros(count, 3, self.resolution, self.resolution, dtype=torch.uint8)
+        return images.contiguous(memory_format=torch.channels_last)
 
 
 def load_backbone(config: BackboneConfig) -> Backbone:

@@ -54,7 +54,7 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # glibc before 2.35 refuses more than 32 MB
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
