@@ -217,6 +217,31 @@ def test_what_a_coarser_stem_is_worth():
     assert work[7] / work[2] == pytest.approx(0.5, abs=0.05)
 
 
+def test_wide_last_blocks():
+    table = pd.read_csv(ROOT / "book" / "records" / "cloud_late_width.csv")
+    rows = table.set_index(["set", "resolution", "stem_stride"])[["relative_macs", "fidelity"]]
+
+    def between(before, after):
+        gain = rows.loc[after] - rows.loc[before]
+        return gain["relative_macs"], gain["fidelity"], gain["fidelity"] / (1 - rows.loc[before, "fidelity"])
+
+    shipped = [member for member in manifest("resnet18")["subnets"] if member["widths"].get("layer4") == 0.25]
+    assert len(shipped) == 5
+    for inputs in ((96, 2), (128, 3)):
+        macs, gain, share = between(("E", *inputs), ("G", *inputs))
+        assert macs == pytest.approx(0.03, abs=0.001) and share == pytest.approx(1 / 6, abs=0.025)
+    macs, gain, _ = between(("E", 96, 2), ("G", 96, 2))
+    more_macs, more, _ = between(("G", 96, 2), ("G", 112, 2))
+    assert more_macs / macs == pytest.approx(5, abs=0.2) and more / gain == pytest.approx(2 / 3, abs=0.01)
+    a_mac = gain / macs
+    macs, gain, _ = between(("G", 128, 3), ("H", 128, 3))
+    assert gain / macs / a_mac == pytest.approx(1 / 3, abs=0.05)
+    macs, gain, _ = between(("B", 128, 3), ("C", 128, 3))
+    assert gain / macs / a_mac == pytest.approx(1 / 3, abs=0.05)
+    for resolution in (104, 96):
+        assert between(("A", resolution, 2), ("D", resolution, 2))[1] < 0
+
+
 def test_what_the_optimiser_is_worth():
     table = pd.read_csv(ROOT / "book" / "records" / "cloud_optimizer.csv")
     table = table.set_index(["optimizer", "learning_rate", "change"]).sort_index()
