@@ -161,3 +161,12 @@ def test_variable_leads_to_the_weights(tmp_path, monkeypatch):
     model = torchvision.models.resnet18(weights=None)
     save_file(weights_of(model), tmp_path / "resnet18.safetensors")
     assert torch.equal(load_backbone(config).blocks.head.weight, model.fc.weight)
+
+
+@pytest.mark.parametrize("resolution", [32, 20])
+def test_pixels_do_not_depend_on_the_layout_of_images(resolution):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    layer = Input(resolution, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    pixels = layer(images)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(layer(images.contiguous(memory_format=torch.channels_last)), pixels)
