@@ -67,9 +67,7 @@ def _eager(network: nn.Module, example: Tensor) -> Runner:
         frozen = copy.deepcopy(network)
     frozen = frozen.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     if example.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        for block in frozen:
-            if isinstance(block, GraphModule):
-                _pack_convolutions(block)
+        frozen = _packed(frozen, example)
     if example.device.type == "cuda":
         fold_stem(frozen)
 
@@ -78,6 +76,27 @@ def _eager(network: nn.Module, example: Tensor) -> Runner:
             return frozen(images)
 
     return run
+
+
+def _packed(frozen: nn.Sequential, example: Tensor) -> nn.Sequential:
+    """The network with packed convolutions; as it is, with a warning, where this PyTorch refuses them.
+
+    PyTorch 2.11, for one, adds nothing to maps of a single pixel, to which small images come down.
+    """
+    packed = copy.deepcopy(frozen)
+    for block in packed:
+        if isinstance(block, GraphModule):
+            _pack_convolutions(block)
+    try:
+        with torch.inference_mode():
+            packed(example)
+    except RuntimeError as error:
+        warnings.warn(
+            f"PyTorch {torch.__version__} refuses this network's packed convolutions ({error}): it runs without them, "
+            "which is slower", stacklevel=2,
+        )
+        return frozen
+    return packed
 
 
 class _PackedConvolution(nn.Module):

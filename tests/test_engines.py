@@ -9,6 +9,7 @@ import torch
 import torch.utils._python_dispatch
 from tiny import copied_state, random_backbone, random_images, same_tensors
 
+from piebridge import engines
 from piebridge.config import SubnetSpec
 from piebridge.cutting import cut_subnet
 from piebridge.engines import prepare
@@ -102,6 +103,15 @@ def test_other_additions_stay():
     network, images = torch.nn.Sequential(Sums()).eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(prepare(network, "eager", images)(images), network(images))
+
+
+def test_packed_convolutions_that_are_refused_are_done_without(monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("could not create a memory")
+
+    monkeypatch.setattr(engines._PackedConvolution, "forward", refuse)
+    with pytest.warns(UserWarning, match="could not create a memory"):
+        check("mobilenet_v2", "eager")
 
 
 def faults_of_a_pass(setting):
