@@ -191,6 +191,11 @@ def test_what_long_runs_say():
     assert len(alike) == 4 and (alike[3] - alike[2]).between(0.01, 0.02).all()
     images = mobile.assign(images=mobile["steps"] * mobile["batch_size"]).groupby("run")["images"].first()
     assert images[2] / images[3] == pytest.approx(3 / 4, abs=0.03)
+    fourth = mobile.query("run == 4")
+    assert fourth["steps"].iloc[0] / third["steps"].iloc[0] == pytest.approx(3 / 4, abs=0.03)
+    assert (fourth["alignment_seconds"].iloc[0] / 60, 778.9 / 60) == pytest.approx((10, 13), abs=0.1)
+    alike = mobile.pivot_table(index=["cut", "resolution"], columns="run", values="fidelity").dropna(subset=[3, 4])
+    assert len(alike) == 5 and (alike[3] - alike[4]).between(0.0024, 0.0036).all()
 
 
 def test_what_a_coarser_stem_is_worth():
@@ -240,6 +245,11 @@ def test_wide_last_blocks():
     assert gain / macs / a_mac == pytest.approx(1 / 3, abs=0.05)
     for resolution in (104, 96):
         assert between(("A", resolution, 2), ("D", resolution, 2))[1] < 0
+    for larger in ("A", "J"):
+        macs, gain, _ = between(("J", 88, 2), (larger, 96, 2))
+        assert macs == pytest.approx(0.05, abs=0.001) and gain == pytest.approx(0.005, abs=0.0008)
+    smaller = rows.xs((88, 2), level=["resolution", "stem_stride"])["fidelity"]
+    assert set(smaller.index) == {"I", "J", "K"} and smaller.max() - smaller.min() < 0.001
 
 
 def test_what_the_optimiser_is_worth():
