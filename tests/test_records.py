@@ -225,6 +225,24 @@ def test_committed_records_are_records():
     assert not table["commit"].str.endswith("+").any()  # made by code that is in the history
 
 
+def test_committed_plain_runs_are_of_a_steady_machine_and_full_ends_above_pet():
+    table = records.read_table(ROOT / "book" / "records" / "end_to_end.csv")
+    plain = table[table["regime"] == "plain"].set_index(["study", "method"]).sort_index()
+    gains, slower = {}, []
+    for study, rows in plain.groupby("study"):
+        rows = rows.droplevel("study")
+        passes = rows["prefix_seconds"]
+        assert rows.loc["pet", "epochs"] * passes["cached"] / passes["pet"] == pytest.approx(1, abs=1 / 40)
+        if "full" in rows.index:
+            gains[study] = rows.loc["full", "test_accuracy"] - rows.loc["pet", "test_accuracy"]
+            slower.append(rows.loc["full", "train_seconds"] / rows.loc["pet", "train_seconds"])
+    assert gains == pytest.approx({
+        "caltech101_mobilenetv2": 3, "dtd_mobilenetv2": 3, "dogsvscats_mobilenetv2": 1.5, "dogsvscats_resnet18": 1.5,
+        "dtd_resnet18": 0.25,
+    }, abs=0.2)
+    assert min(slower) > 5 and max(slower) < 9.55
+
+
 def test_committed_history_is_of_the_committed_records():
     table = records.read_table(ROOT / "book" / "records" / "end_to_end.csv")
     history = pd.read_csv(ROOT / "book" / "records" / "end_to_end_history.csv")
