@@ -81,7 +81,8 @@ def _eager(network: nn.Module, example: Tensor) -> Runner:
 def _packed(frozen: nn.Sequential, example: Tensor) -> nn.Sequential:
     """The network with packed convolutions; as it is, with a warning, where this PyTorch refuses them.
 
-    PyTorch 2.11, for one, adds nothing to maps of a single pixel, to which small images come down.
+    PyTorch 2.11, for one, refuses an addition behind a convolution where maps have come down to a single pixel. So one
+    pass over the example is made to see.
     """
     packed = copy.deepcopy(frozen)
     for block in packed:
@@ -93,7 +94,7 @@ def _packed(frozen: nn.Sequential, example: Tensor) -> nn.Sequential:
     except RuntimeError as error:
         warnings.warn(
             f"PyTorch {torch.__version__} refuses this network's packed convolutions ({error}): it runs without them, "
-            "which is slower", stacklevel=2,
+            "which is slower", stacklevel=4,  # who called `prepare`
         )
         return frozen
     return packed
