@@ -36,9 +36,14 @@ class Input(nn.Module):
 
     def __init__(self, resolution: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.resolution = resolution
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("scale", 1 / (torch.tensor(std).view(1, 3, 1, 1) * 255), persistent=False)
+        self.resolution, self.colours = resolution, (mean, std)
+        # of a row of pixels, since arithmetic on three numbers at a time uses no vectors
+        self.register_buffer("mean", (torch.tensor(mean) * 255).repeat(resolution), persistent=False)
+        self.register_buffer("scale", (1 / (torch.tensor(std) * 255)).repeat(resolution), persistent=False)
+
+    def at(self, resolution: int) -> Input:
+        """The same for another side of the output."""
+        return Input(resolution, *self.colours)
 
     def forward(self, images: Tensor) -> Tensor:
         """float32, channels-last, shape (B, 3, resolution, resolution), of uint8 images, shape (B, 3, H, W)."""
@@ -52,9 +57,7 @@ class Input(nn.Module):
                 (pixels if on_cpu else pixels.float()).permute(0, 3, 1, 2), (self.resolution, self.resolution),
                 mode="bilinear", antialias=True,
             ).permute(0, 2, 3, 1).contiguous()
-        # row by row, since arithmetic on three numbers at a time uses no vectors
-        mean, scale = (channels.flatten().repeat(pixels.shape[2]) for channels in (self.mean, self.scale))
-        rows = torch.sub(pixels.flatten(2).float(), mean).mul_(scale)
+        rows = torch.sub(pixels.flatten(2).float(), self.mean).mul_(self.scale)
         return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 

@@ -173,7 +173,7 @@ def cut_set(
 
 def _change_input(subnet: nn.Sequential, spec: SubnetSpec) -> None:
     if spec.resolution is not None:
-        subnet.input.resolution = spec.resolution
+        subnet.input = subnet.input.at(spec.resolution)
     for stride in spec.stem_strides:
         set_stem_stride(subnet, stride)
 

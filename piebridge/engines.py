@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import itertools
 import logging
 import operator
 import warnings
@@ -62,7 +63,8 @@ def _eager(network: nn.Module, example: Tensor) -> Runner:
     if not len(list(network.children())):
         return network  # full training: there is no prefix
     if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
-        frozen = nn.Sequential(*[block if _untraceable(block) else fuse(block) for block in network.children()])
+        parts = [(kind, nn.Sequential(*run)) for kind, run in itertools.groupby(network.children(), key=_untraceable)]
+        frozen = nn.Sequential(*[run if untraceable else fuse(run) for untraceable, run in parts])
     else:
         frozen = copy.deepcopy(network)
     frozen = frozen.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -85,9 +87,9 @@ def _packed(frozen: nn.Sequential, example: Tensor) -> nn.Sequential:
     pass over the example is made to see.
     """
     packed = copy.deepcopy(frozen)
-    for block in packed:
-        if isinstance(block, GraphModule):
-            _pack_convolutions(block)
+    for part in packed:
+        if isinstance(part, GraphModule):
+            _pack_convolutions(part)
     try:
         with torch.inference_mode():
             packed(example)
@@ -104,8 +106,9 @@ class _PackedConvolution(nn.Module):
     """A convolution, an addition and the ReLU behind it, as one call of oneDNN on weights laid out for it once.
 
     PyTorch lays the weights out anew in every call, a cost that does not shrink with the image, and goes through the
-    maps once more for each addition and ReLU. The operators are those that torch.compile uses for frozen networks on
-    CPUs; they are not a public interface of PyTorch.
+    maps once more for each addition and ReLU. A convolution of single pixels is called as the linear map of channels
+    that it is: oneDNN takes less time to begin that, which counts where maps are small. The operators are those that
+    torch.compile uses for frozen networks on CPUs; they are not a public interface of PyTorch.
 
     Args:
         convolution: a frozen layer.
@@ -118,21 +121,43 @@ class _PackedConvolution(nn.Module):
         self.activation = {nn.ReLU: ("relu", []), nn.ReLU6: ("hardtanh", [0.0, 6.0]), type(None): ("none", [])}[
             type(activation)
         ]
-        self.packed: Optional[Tensor] = None
+        self.call: Optional[Callable[..., Tensor]] = None
 
-    def forward(self, images: Tensor, added: Optional[Tensor] = None) -> Tensor:
-        layer = self.convolution
-        shape = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        if self.packed is None:
-            weight = layer.weight.detach().to_mkldnn()
-            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *shape, list(images.shape))
-        name, bounds = self.activation
-        if added is None:
-            return torch.ops.mkldnn._convolution_pointwise(images, self.packed, layer.bias, *shape, name, bounds, "")
-        name = None if name == "none" else name
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            images, added, self.packed, layer.bias, *shape, "add", 1.0, name, bounds, ""
-        )
+    def forward(self, maps: Tensor, *added: Tensor) -> Tensor:
+        if self.call is None:
+            layer = self.convolution
+            of_pixels = (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+            then = self.activation[0] != "none"
+            pack = _as_linear if of_pixels and not (added and then) else _as_convolution  # none adds and then activates
+            self.call = pack(layer, *self.activation, maps.shape, bool(added))
+        return self.call(maps, *added)
+
+    __call__ = forward  # without what PyTorch does around a module's forward, one part in ten of a small layer's time
+
+
+def _as_convolution(
+    layer: nn.Conv2d, activation: str, bounds: list[float], shape: torch.Size, adds: bool
+) -> Callable[..., Tensor]:
+    bias, form = layer.bias, (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(layer.weight.detach().to_mkldnn(), *form, list(shape))
+    if not adds:
+        unary = torch.ops.mkldnn._convolution_pointwise.default
+        return lambda maps: unary(maps, packed, bias, *form, activation, bounds, "")
+    binary, then = torch.ops.mkldnn._convolution_pointwise.binary, None if activation == "none" else activation
+    return lambda maps, added: binary(maps, added, packed, bias, *form, "add", 1.0, then, bounds, "")
+
+
+def _as_linear(
+    layer: nn.Conv2d, activation: str, bounds: list[float], shape: torch.Size, adds: bool
+) -> Callable[..., Tensor]:
+    bias, weight = layer.bias, layer.weight.detach().flatten(1).contiguous()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, shape[0] * shape[2] * shape[3])
+    last, first = (0, 2, 3, 1), (0, 3, 1, 2)  # channels are last in memory already: nothing moves
+    if not adds:
+        unary = torch.ops.mkldnn._linear_pointwise.default
+        return lambda maps: unary(maps.permute(last), packed, bias, activation, bounds, "").permute(first)
+    binary = torch.ops.mkldnn._linear_pointwise.binary
+    return lambda maps, added: binary(maps.permute(last), added.permute(last), packed, bias, "add").permute(first)
 
 
 def _pack_convolutions(block: GraphModule) -> None:

@@ -271,7 +271,7 @@ def _rebuild(
         raise FamilyError(f"{file}: not a safetensors file ({error})") from error
     kept = [(name, block) for name, block in leader.named_children() if name not in facts.removed]
     subnet = copy.deepcopy(nn.Sequential(OrderedDict(kept)))
-    subnet.input.resolution = facts.resolution
+    subnet.input = subnet.input.at(facts.resolution)
     if facts.stem_stride is not None:
         set_stem_stride(subnet, facts.stem_stride)
     shared = shared_tensors(subnet, facts.shared)

@@ -76,8 +76,10 @@ def test_activations_and_additions_are_part_of_their_convolutions(name, addition
     run(images)  # lays out the weights
     with Recorder() as recorder:
         run(images)
-    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in prefix.modules())
-    assert recorder.names.count("_convolution_pointwise") == convolutions
+    convolutions = [module for module in prefix.modules() if isinstance(module, torch.nn.Conv2d)]
+    of_pixels = [layer for layer in convolutions if layer.kernel_size == layer.stride == (1, 1)]
+    assert recorder.names.count("_linear_pointwise") == len(of_pixels)
+    assert recorder.names.count("_convolution_pointwise") == len(convolutions) - len(of_pixels)
     assert not {"relu", "relu_", "hardtanh", "hardtanh_", "clamp", "add", "add_"} & set(recorder.names)
     with Recorder() as recorder:
         prefix(images)
@@ -96,6 +98,30 @@ class Sums(torch.nn.Module):
         numbered = self.relu(self.norm(self.first(images)) + 1.0)
         doubled = self.second(numbered)
         return self.relu(doubled + doubled)
+
+
+class Bottleneck(torch.nn.Module):
+    """A convolution of single pixels whose output is added to and then activated, as in ResNet-50."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Conv2d(3, 8, 1, padding=1), torch.nn.Conv2d(8, 8, 1)
+        self.norm, self.relu = torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+
+    def forward(self, images):
+        maps = self.norm(self.first(images))
+        return self.relu(maps + self.last(maps))
+
+
+def test_convolutions_of_pixels_that_are_padded_or_added_to_and_activated():
+    torch.manual_seed(0)
+    network, images = torch.nn.Sequential(Bottleneck()).eval(), torch.randn(2, 3, 8, 8)
+    run = prepare(network, "eager", images)
+    with torch.no_grad():
+        torch.testing.assert_close(run(images), network(images))
+    with Recorder() as recorder:
+        run(images)
+    assert recorder.names.count("_convolution_pointwise") == 2 and "relu" not in recorder.names
 
 
 def test_other_additions_stay():
