@@ -43,7 +43,7 @@ class Input(nn.Module):
 
     def at(self, resolution: int) -> Input:
         """The same for another side of the output."""
-        return Input(resolution, *self.colours)
+        return Input(resolution, *self.colours).to(self.mean.device)
 
     def forward(self, images: Tensor) -> Tensor:
         """float32, channels-last, shape (B, 3, resolution, resolution), of uint8 images, shape (B, 3, H, W)."""

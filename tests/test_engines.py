@@ -135,7 +135,7 @@ def test_packed_convolutions_that_are_refused_are_done_without(monkeypatch):
     def refuse(*args):
         raise RuntimeError("could not create a memory")
 
-    monkeypatch.setattr(engines._PackedConvolution, "forward", refuse)
+    monkeypatch.setattr(engines._PackedConvolution, "__call__", refuse)
     with pytest.warns(UserWarning, match="could not create a memory"):
         check("mobilenet_v2", "eager")
 
