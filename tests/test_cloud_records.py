@@ -113,7 +113,7 @@ def test_what_families_are_worth():
     assert ((coarse["fidelity_cloud"] - coarse["fidelity"]) < 0.015).all()
     latency, mean = facts.loc["mobilenet_v2", "relative_latency"], mobile.mean(axis=1)
     assert latency[4] < 1 / 3 and mean[4] == pytest.approx(1.2, abs=0.05)
-    assert latency[6] == pytest.approx(1 / 4, abs=0.01) and mean[6] == pytest.approx(1.8, abs=0.05)
+    assert 0.225 < latency[6] < 1 / 4 and mean[6] == pytest.approx(1.8, abs=0.05)
     assert latency[5] / latency[4] == pytest.approx(2 / 3, abs=0.02) and mean[5] > 3 * mean[4]
     cut = {backbone: manifest(backbone)["subnets"] for backbone in ("resnet18", "mobilenet_v2")}
     for (backbone, subnet), row in facts.iterrows():
@@ -156,11 +156,10 @@ def test_blocks_or_pixels():
 def test_what_long_runs_say():
     table = pd.read_csv(ROOT / "book" / "records" / "cloud_long.csv")
     shipped = manifest("resnet18")
-    facts, last = shipped["provenance"], table.query("backbone == 'resnet18' and run == 6")
+    facts, last = shipped["provenance"], table.query("backbone == 'resnet18' and run == 7")
     assert last["fidelity"].tolist() == [member["fidelity"] for member in shipped["subnets"][1:]]
-    assert set(last["alignment_seconds"]) == {facts["alignment_seconds"]} == {756.9}
+    assert set(last["alignment_seconds"]) == {facts["alignment_seconds"]} == {634.2}
     assert facts["share_of_peak"] == pytest.approx(0.12, abs=0.005)
-    assert facts["steps"] * facts["batch_size"] / 1e6 == pytest.approx(6.7, abs=0.05)
     rows = table.query("backbone == 'resnet18'")
     fidelity = rows.pivot_table(index=["cut", "resolution"], columns="run", values="fidelity")
     dearest, cheapest = fidelity.loc["layer4 0.5"], fidelity.loc["width 0.5, layer3 0.375, layer4 0.0625"]
@@ -173,11 +172,20 @@ def test_what_long_runs_say():
     gain = both[4] - both[3]  # the ninth was cut to another resolution
     assert len(gain) == 8 and (gain > 0).sum() == 7 and gain.min() > -0.0015 and 0.0035 < gain.max() < 0.0045
     steps = rows.groupby("run")["steps"].first()
+    assert 512 * steps[6] / 1e6 == pytest.approx(6.7, abs=0.05) and steps[7] / steps[6] == pytest.approx(12 / 13)
     assert steps[4] / steps[3] == pytest.approx(3 / 4, abs=0.02)
-    newest = (fidelity[6] - fidelity[5]).dropna().sort_index()
-    dear = newest.index.get_level_values("cut") == "layer4 0.5625"
-    assert (newest[dear].abs() < 0.0005).all() and newest[~dear].between(0.0013, 0.0062).all()
-    assert (dear.sum(), len(newest)) == (2, 9)
+    sixth = (fidelity[6] - fidelity[5]).dropna().sort_index()
+    dear = sixth.index.get_level_values("cut") == "layer4 0.5625"
+    assert (sixth[dear].abs() < 0.0005).all() and sixth[~dear].between(0.0013, 0.0062).all()
+    assert (dear.sum(), len(sixth)) == (2, 9)
+    last = fidelity[7].dropna()
+    wider = last.filter(like="layer4 0.3125")
+    narrow = wider.rename(lambda cut: cut.replace("0.3125", "0.25"), level="cut").index
+    assert len(wider) == 5 and (wider.values - fidelity.loc[narrow, 6]).between(0.001, 0.002).all()
+    alike = (last - fidelity[6]).dropna()
+    assert len(alike) == 3 and alike.between(-0.0012, 0.0002).all()
+    pair = fidelity.loc["layer4 0.5625"]
+    assert pair.loc[96, 6] - pair.loc[88, 7] == pytest.approx(0.004, abs=0.0005)
     alike = fidelity[5].dropna() - fidelity[4]
     assert len(alike.dropna()) == 3 and alike.dropna().between(0.001, 0.003).all()
     images = rows.assign(images=rows["steps"] * rows["batch_size"] / 1e6).query("run == 5")["images"].round(1)
@@ -231,7 +239,7 @@ def test_wide_last_blocks():
         gain = rows.loc[after] - rows.loc[before]
         return gain["relative_macs"], gain["fidelity"], gain["fidelity"] / (1 - rows.loc[before, "fidelity"])
 
-    shipped = [member for member in manifest("resnet18")["subnets"] if member["widths"].get("layer4") == 0.25]
+    shipped = [member for member in manifest("resnet18")["subnets"] if member["widths"].get("layer4") == 0.3125]
     assert len(shipped) == 5
     for inputs in ((96, 2), (128, 3)):
         macs, gain, share = between(("E", *inputs), ("G", *inputs))
