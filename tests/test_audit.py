@@ -138,41 +138,45 @@ def test_what_the_book_says_of_the_committed_table():
     resnet = {study for study in studies if study.endswith("resnet18")}
     mobile = set(studies) - resnet
     assert len(studies) == 6
-    assert beyond("drawn uniformly") == {"dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
-    assert beyond("best subnet") == mobile
-    assert beyond("drawn by loss") == set()
-    assert beyond("highest difficulty") == mobile
+    assert beyond("drawn uniformly") == {"dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "dtd_resnet18"}
+    assert beyond("best subnet") == {"dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "caltech101_resnet18"}
+    assert beyond("drawn by loss") == {"dogsvscats_mobilenetv2"}
+    assert beyond("highest difficulty") == mobile | {"dtd_resnet18"}
     assert beyond("highest loss and difficulty") == {"caltech101_mobilenetv2"}
-    for variant in ("drawn uniformly", "drawn by loss", "highest difficulty", "highest loss and difficulty"):
+    for variant in (
+        "best subnet", "drawn uniformly", "drawn by loss", "highest difficulty", "highest loss and difficulty",
+        "highest loss, correction switched",
+    ):
         rows = [rows.loc[variant] for rows in studies.values()]
         assert all(row["behind"] > -row["half_width"] for row in rows)  # ahead nowhere
-    assert beyond("highest loss, latents kept") == {"dtd_mobilenetv2"}
+    assert beyond("highest loss, latents kept") == {"dogsvscats_resnet18"}
     assert beyond("highest loss, correction switched") == set()
-    switched = {study: rows.loc["highest loss, correction switched"] for study, rows in studies.items()}
-    harmed = {study for study, row in switched.items() if -row["behind"] > row["half_width"]}
-    assert harmed == {"dogsvscats_mobilenetv2"}
-    assert switched["dogsvscats_mobilenetv2"]["behind"] == pytest.approx(-0.65, abs=0.01)
-    original = studies["dogsvscats_mobilenetv2"].loc["original", "behind"]
-    assert switched["dogsvscats_mobilenetv2"]["behind"] == pytest.approx(original, abs=0.15)
+    switched = studies["dogsvscats_mobilenetv2"].loc["highest loss, correction switched", "behind"]
+    assert switched == pytest.approx(-0.35, abs=0.02)
     assert {study for study in studies if not load_study(study).routing.correction} == resnet
-    fixed = {study: rows.loc["best subnet"] for study, rows in studies.items()}
-    ahead = {study for study, row in fixed.items() if -row["behind"] > row["half_width"]}
-    assert ahead == {"dogsvscats_resnet18"}
-    assert fixed["dogsvscats_resnet18"]["behind"] == pytest.approx(-0.35, abs=0.01)
+    assert studies["caltech101_resnet18"].loc["best subnet", "behind"] == pytest.approx(0.2, abs=0.02)
     lost = {study: -rows.loc["original", "behind"] for study, rows in studies.items()}
-    assert {study: round(points, 1) for study, points in lost.items() if study != "dtd_mobilenetv2"} == {
-        "dogsvscats_resnet18": 0.3, "dtd_resnet18": 0.7, "caltech101_resnet18": 0.7,
-        "dogsvscats_mobilenetv2": 0.5, "caltech101_mobilenetv2": 0.5,
-    }
-    nothing = {study for study, rows in studies.items() if lost[study] <= rows.loc["original", "half_width"]}
-    assert nothing == {"dtd_mobilenetv2"}
+    assert lost == pytest.approx({
+        "dogsvscats_resnet18": 0.1, "dtd_resnet18": 0.52, "caltech101_resnet18": 0.55,
+        "dogsvscats_mobilenetv2": 0.26, "dtd_mobilenetv2": 0.05, "caltech101_mobilenetv2": 0.39,
+    }, abs=0.011)
+    beyond_chance = {study for study, rows in studies.items() if lost[study] > rows.loc["original", "half_width"]}
+    assert beyond_chance == {"caltech101_resnet18", "caltech101_mobilenetv2"}
     behind = studies["dtd_mobilenetv2"]["behind"]
-    assert 3.5 < behind["cheap subnet"] < 4 and behind["drawn uniformly"] < behind["cheap subnet"] / 10
+    assert 3.5 < behind["cheap subnet"] < 4 and behind["drawn uniformly"] < 0
+    behind = studies["dtd_resnet18"]["behind"]
+    assert behind["cheap subnet"] == pytest.approx(1.4, abs=0.05)
+    assert behind["drawn uniformly"] == pytest.approx(0.95, abs=0.01)
     behind = studies["caltech101_mobilenetv2"]["behind"]
     assert 1.5 < behind["cheap subnet"] < 2
     assert behind["drawn uniformly"] / behind["cheap subnet"] == pytest.approx(0.5, abs=0.05)
     reached = table.groupby(["study", "variant"])["test_accuracy"].mean().unstack()
-    assert (reached["lowest similarity"] < reached["drawn uniformly"]).all()
+    worse = reached["lowest similarity"] < reached["drawn uniformly"]
+    assert set(worse[worse].index) == mobile
+    oracle = {study: rows.loc["lowest similarity"] for study, rows in studies.items()}
+    assert {study for study, row in oracle.items() if -row["behind"] > row["half_width"]} == {"dogsvscats_resnet18"}
+    assert -oracle["dogsvscats_resnet18"]["behind"] == pytest.approx(0.4, abs=0.05)
+    assert -oracle["dtd_resnet18"]["behind"] == pytest.approx(oracle["dtd_resnet18"]["half_width"], abs=0.05)
 
 
 def test_what_the_book_says_of_the_choice_of_subnets():
