@@ -84,7 +84,7 @@ def _packed(frozen: nn.Sequential, example: Tensor) -> nn.Sequential:
     """The network with packed convolutions; as it is, with a warning, where this PyTorch refuses them.
 
     PyTorch 2.11, for one, refuses an addition behind a convolution where maps have come down to a single pixel. So one
-    pass over the example is made to see.
+    pass over the example is made to see. Other builds may lack an operator.
     """
     packed = copy.deepcopy(frozen)
     for part in packed:
@@ -93,7 +93,7 @@ def _packed(frozen: nn.Sequential, example: Tensor) -> nn.Sequential:
     try:
         with torch.inference_mode():
             packed(example)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         warnings.warn(
             f"PyTorch {torch.__version__} refuses this network's packed convolutions ({error}): it runs without them, "
             "which is slower", stacklevel=4,  # who called `prepare`

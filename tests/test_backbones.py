@@ -64,6 +64,14 @@ def test_input_normalises_and_resizes():
     torch.testing.assert_close(output[0, :, 5, 5], torch.tensor([2.0, 3.0, 7.0]))
 
 
+def test_input_of_another_side_stays_on_its_device():
+    original = Input(32, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)).to("meta")
+    smaller = original.at(16)
+    assert (smaller.resolution, original.resolution) == (16, 32)
+    assert {rows.device.type for rows in smaller.buffers()} == {"meta"}
+    assert [rows.shape for rows in smaller.buffers()] == [(48,), (48,)]
+
+
 def test_unknown_block_cannot_be_cut_at():
     with pytest.raises(ValueError, match="nonsense"):
         random_backbone("embedded").cut("nonsense")

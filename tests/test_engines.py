@@ -131,12 +131,13 @@ def test_other_additions_stay():
         torch.testing.assert_close(prepare(network, "eager", images)(images), network(images))
 
 
-def test_packed_convolutions_that_are_refused_are_done_without(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("could not create a memory"), AttributeError("no such operator")])
+def test_packed_convolutions_that_are_refused_are_done_without(monkeypatch, error):
     def refuse(*args):
-        raise RuntimeError("could not create a memory")
+        raise error
 
     monkeypatch.setattr(engines._PackedConvolution, "__call__", refuse)
-    with pytest.warns(UserWarning, match="could not create a memory"):
+    with pytest.warns(UserWarning, match=str(error)):
         check("mobilenet_v2", "eager")
 
 
