@@ -36,14 +36,14 @@ class Input(nn.Module):
 
     def __init__(self, resolution: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.resolution, self.colours = resolution, (mean, std)
+        self.resolution, self.mean_and_std = resolution, (mean, std)
         # of a row of pixels, since arithmetic on three numbers at a time uses no vectors
         self.register_buffer("mean", (torch.tensor(mean) * 255).repeat(resolution), persistent=False)
         self.register_buffer("scale", (1 / (torch.tensor(std) * 255)).repeat(resolution), persistent=False)
 
     def at(self, resolution: int) -> Input:
-        """The same for another side of the output."""
-        return Input(resolution, *self.colours).to(self.mean.device)
+        """The same, on the same device, for an output of another side, pixels."""
+        return Input(resolution, *self.mean_and_std).to(self.mean.device)
 
     def forward(self, images: Tensor) -> Tensor:
         """float32, channels-last, shape (B, 3, resolution, resolution), of uint8 images, shape (B, 3, H, W)."""

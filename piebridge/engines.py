@@ -127,8 +127,9 @@ class _PackedConvolution(nn.Module):
         if self.call is None:
             layer = self.convolution
             of_pixels = (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
-            then = self.activation[0] != "none"
-            pack = _as_linear if of_pixels and not (added and then) else _as_convolution  # none adds and then activates
+            activates = self.activation[0] != "none"
+            # oneDNN's linear map either adds or activates
+            pack = _as_linear if of_pixels and not (added and activates) else _as_convolution
             self.call = pack(layer, *self.activation, maps.shape, bool(added))
         return self.call(maps, *added)
 
@@ -143,8 +144,8 @@ def _as_convolution(
     if not adds:
         unary = torch.ops.mkldnn._convolution_pointwise.default
         return lambda maps: unary(maps, packed, bias, *form, activation, bounds, "")
-    binary, then = torch.ops.mkldnn._convolution_pointwise.binary, None if activation == "none" else activation
-    return lambda maps, added: binary(maps, added, packed, bias, *form, "add", 1.0, then, bounds, "")
+    binary, last = torch.ops.mkldnn._convolution_pointwise.binary, None if activation == "none" else activation
+    return lambda maps, added: binary(maps, added, packed, bias, *form, "add", 1.0, last, bounds, "")
 
 
 def _as_linear(
@@ -152,7 +153,7 @@ def _as_linear(
 ) -> Callable[..., Tensor]:
     bias, weight = layer.bias, layer.weight.detach().flatten(1).contiguous()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, shape[0] * shape[2] * shape[3])
-    last, first = (0, 2, 3, 1), (0, 3, 1, 2)  # channels are last in memory already: nothing moves
+    last, first = (0, 2, 3, 1), (0, 3, 1, 2)  # where channels go; in memory they are last already, so nothing moves
     if not adds:
         unary = torch.ops.mkldnn._linear_pointwise.default
         return lambda maps: unary(maps.permute(last), packed, bias, activation, bounds, "").permute(first)

@@ -262,7 +262,7 @@ def test_resolution_is_the_original_on_smaller_images(settings):
     plan = REGISTRY["resolution"](setting)
     prefix = setting.split().prefix
     smaller = torch.nn.functional.interpolate(setting.images, (16, 16), mode="bilinear", antialias=True)
-    mean, std = (torch.tensor(colours).view(1, 3, 1, 1) for colours in prefix.input.colours)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in prefix.input.mean_and_std)
     expected = prefix[1:]((smaller / 255 - mean) / std)
     torch.testing.assert_close(plan.runners[1](setting.images), expected, rtol=1e-3, atol=1e-3)
     assert plan.policy.describe() == "16 px"

@@ -240,6 +240,27 @@ def test_committed_plain_runs_are_of_a_steady_machine():
         assert rows.loc["pet", "epochs"] * passes["cached"] / passes["pet"] == pytest.approx(1, abs=1 / 40)
 
 
+def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
+    studies = committed_plain_studies()
+    spent, cached, behind = {}, {}, {}
+    for name, rows in studies.items():
+        seconds, passes, accuracy = rows["train_seconds"], rows["prefix_seconds"], rows["test_accuracy"]
+        spent[name] = passes / passes["pet"] / load_study(name).routing.cost - 1
+        cached[name] = seconds["cached"] / seconds["piebridge_cached"]
+        behind[name] = accuracy["fixed"] - accuracy["resolution"]
+        assert 9 < seconds["pet"] / seconds["cached"] < 11.2
+        assert cached[name] == pytest.approx(1.7 if name.endswith("resnet18") else 1.28, abs=0.05)
+    over = {name: share["piebridge"] for name, share in spent.items() if abs(share["piebridge"]) > 0.05}
+    assert over == pytest.approx({"caltech101_resnet18": 0.053, "dtd_resnet18": 0.059}, abs=0.0005)
+    assert spent["dtd_resnet18"]["random"] == pytest.approx(0.176, abs=0.005)
+    assert spent["dtd_resnet18"]["fixed"] == pytest.approx(over["dtd_resnet18"], abs=0.002)
+    assert min(behind.values()) > 0 and behind["caltech101_resnet18"] == pytest.approx(16, abs=0.5)
+    table = records.read_table(ROOT / "book" / "records" / "end_to_end.csv")
+    augmented = table[table["regime"] == "augmented"].set_index("method")
+    assert augmented["train_seconds"]["pet"] / augmented["train_seconds"]["piebridge"] == pytest.approx(2.6, abs=0.05)
+    assert augmented["test_accuracy"]["pet"] - augmented["test_accuracy"]["piebridge"] == pytest.approx(0.75)
+
+
 def test_full_ends_above_pet():
     both = {study: rows.loc[["full", "pet"]] for study, rows in committed_plain_studies().items()
             if "full" in rows.index}
