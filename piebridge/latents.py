@@ -7,6 +7,7 @@ which the suffix takes its steps.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -53,6 +54,7 @@ class LatentSource:
         self.prices, self.by_clock = prices or {}, by_clock
         self.computed = dict.fromkeys(runners, 0)  # images run through each member
         self.seconds = dict.fromkeys(runners, 0.0)  # that took
+        self.whole_passes: list[float] = []  # seconds an image of the original's passes of `batch_size` images
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # member: (latents, which are there)
 
     def window(self, indices: Tensor, routes: Tensor, pairs: Tensor, pair_route: int) -> Tensor:
@@ -88,14 +90,16 @@ class LatentSource:
     def account(self) -> tuple[float, dict[int, float]]:
         """What all passes have cost so far, and what each member's pass over an image costs, in the original's passes.
 
-        By the clock, if it is to go by it, from the first passes on: no time is spent on measuring before. Until an
-        original has been run, its cost is inferred from another member's and the expected price of that one.
+        By the clock, if it is to go by it, from the first passes on: no time is spent on measuring before. The unit is
+        the median of the original's whole passes, as `pet` makes them; that passes are smaller or slower behind another
+        network's is a cost of mixing them. Until an original has been run, its cost is inferred from another member's
+        and the expected price of that one.
         """
         prices = dict(self.prices)
         each = {route: self.seconds[route] / count for route, count in self.computed.items() if count}
         if self.by_clock and each:
             known = 0 if 0 in each else next(iter(each))
-            unit = each[known] / prices[known]
+            unit = statistics.median(self.whole_passes) if self.whole_passes else each[known] / prices[known]
             prices |= {route: seconds / unit for route, seconds in each.items()}
         return sum(count * prices[route] for route, count in self.computed.items()), prices
 
@@ -132,6 +136,7 @@ class LatentSource:
         state: dict[str, Any] = {
             "computed": {str(route): count for route, count in self.computed.items()},
             "seconds": {str(route): seconds for route, seconds in self.seconds.items()},
+            "whole_passes": self.whole_passes,
         }
         for route, (latents, there) in self._stores.items():
             state |= {f"latents.{route}": latents, f"there.{route}": there}
@@ -141,6 +146,7 @@ class LatentSource:
         """Go on from what `state` gave."""
         self.computed = {int(route): count for route, count in state["computed"].items()}
         self.seconds = {int(route): seconds for route, seconds in state["seconds"].items()}
+        self.whole_passes = list(state["whole_passes"])
         for name, there in state.items():
             kind, _, route = name.partition(".")
             if kind == "there":
@@ -150,14 +156,17 @@ class LatentSource:
 
     def _compute(self, route: int, indices: Tensor) -> Tensor:
         self.computed[route] += len(indices)
-        parts, before = [], self.stopwatch.seconds["prefix"]
+        parts, first = [], self.stopwatch.seconds["prefix"]
         for chosen in _passes(indices, self.batch_size):
+            before = self.stopwatch.seconds["prefix"]
             with self.stopwatch("data"):
                 padding = chosen[-1:].expand(max(0, min(SMALLEST_PASS, self.batch_size) - len(chosen)))
                 batch = self.images[torch.cat([chosen, padding])].to(self.device)
             with self.stopwatch("prefix"):
                 parts.append(self.runners[route](batch)[: len(chosen)])
-        self.seconds[route] += self.stopwatch.seconds["prefix"] - before
+            if route == 0 and len(chosen) == self.batch_size:
+                self.whole_passes.append((self.stopwatch.seconds["prefix"] - before) / len(chosen))
+        self.seconds[route] += self.stopwatch.seconds["prefix"] - first
         return torch.cat(parts)
 
     def _new_store(self, example: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,10 @@ def test_what_latents_cost_is_accounted_by_price_or_by_the_clock():
     spent, prices = source.account()
     assert prices == pytest.approx({0: 1.0, 2: 0.2})
     assert spent == pytest.approx(8.8 / 2.2)
+    source.whole_passes = [2.0, 9.0, 1.0]  # in units of whole passes, passes of fewer images turn out dearer
+    spent, prices = source.account()
+    assert prices == pytest.approx({0: 1.1, 2: 0.22})
+    assert spent == pytest.approx(8.8 / 2.0)
     cheap, _, _ = source_of(prices={0: 1.0, 2: 0.25}, by_clock=True)
     assert cheap.account() == (0.0, {0: 1.0, 2: 0.25})  # nothing is known yet: as expected
     cheap.window(torch.arange(8), torch.full((8,), 2), torch.tensor([2]), 2)
@@ -145,6 +149,14 @@ def test_what_latents_cost_is_accounted_by_price_or_by_the_clock():
     other, _, _ = source_of(prices={0: 1.0, 2: 0.25}, by_clock=True)
     other.restore(source.state())
     assert other.account() == source.account()
+
+
+def test_whole_passes_of_the_original_are_the_unit():
+    source, _, _ = source_of(prices={0: 1.0, 2: 0.25}, by_clock=True)
+    source.batch_size = 4
+    source.window(torch.arange(20), torch.tensor([0] * 11 + [2] * 9), NOBODY, 2)
+    assert len(source.whole_passes) == 2 and min(source.whole_passes) > 0  # of eleven images two passes of four
+    assert 4 * sum(source.whole_passes) < source.seconds[0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 32])
