@@ -52,6 +52,7 @@ class Variant:
         method: of the registry; the variant has its learning rate.
         plan: makes the plan; default: the method's own.
         difficulty: whether the router's difficulty has a weight.
+        measures: whether difficulty is measured, where the study does.
         switched: with the correction where the study does without, and without where it corrects.
         choice: of the images that get the original.
     """
@@ -60,6 +61,7 @@ class Variant:
     method: str
     plan: Optional[Callable[[Setting], Plan]] = None
     difficulty: bool = False
+    measures: bool = True
     switched: bool = False
     choice: Choice = "highest"
 
@@ -67,11 +69,14 @@ class Variant:
         """The study with this variant's routing parameters."""
         weight = study.routing.difficulty if self.difficulty else 0.0
         correction = study.routing.correction != self.switched
-        update = {"choice": self.choice, "correction": correction, "difficulty": weight}
+        measured = study.routing.measured_difficulty if self.measures else 0.0
+        update = {
+            "choice": self.choice, "correction": correction, "difficulty": weight, "measured_difficulty": measured,
+        }
         return study.model_copy(update={"routing": study.routing.model_copy(update=update)})
 
 
-REFERENCE = "highest loss"  # PieBridge's own routes
+REFERENCE = "highest priority"  # PieBridge's own routes
 VARIANTS = (
     Variant("original", "pet"),
     Variant("best subnet", "fixed"),
@@ -80,11 +85,15 @@ VARIANTS = (
     Variant("drawn uniformly", "random"),
     Variant("lowest similarity", "oracle"),
     Variant(REFERENCE, "piebridge"),
-    Variant("highest loss, correction switched", "piebridge", switched=True),
+    Variant("highest priority, correction switched", "piebridge", switched=True),
+    Variant("highest loss", "piebridge", measures=False),
     Variant("highest loss, latents kept", "piebridge_cached"),
-    Variant("drawn by loss", "piebridge", choice="drawn"),
-    Variant("highest difficulty", "piebridge", lambda setting: shared_plan(setting, permanent=True), difficulty=True),
-    Variant("highest loss and difficulty", "piebridge", difficulty=True),
+    Variant("drawn by loss", "piebridge", choice="drawn", measures=False),
+    Variant(
+        "highest predicted difficulty", "piebridge", lambda setting: shared_plan(setting, permanent=True),
+        difficulty=True,
+    ),
+    Variant("highest loss and predicted difficulty", "piebridge", difficulty=True, measures=False),
 )
 
 

@@ -257,7 +257,16 @@ class RoutingConfig(Section):
     difficulty: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Weight of the router's difficulty beside the loss in who gets the original; 0: loss alone."
     )
+    measured_difficulty: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="The same for difficulty that is measured, not predicted: in the first epoch each image goes "
+        "through both networks, and how little its latents resemble each other is remembered; 0: not measured. "
+        "Not for `piebridge_cached`."
+    )
     correction: bool = Field(True, description="Correct the subnet's latents towards the original's by a ridge map.")
+    cached_correction: bool = Field(
+        True, description="Whether piebridge_cached corrects too, where `correction` is on; its pairs come out of "
+        "`cached_cost`."
+    )
     pairs: Annotated[int, Field(ge=2)] = Field(
         100, description="Images put through both networks in the first epoch to fit the correction."
     )

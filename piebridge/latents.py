@@ -20,7 +20,7 @@ from .costs import Stopwatch
 from .crops import RandomViews
 from .data import allocate
 from .engines import Runner
-from .routing import Correction, Residuals
+from .routing import Correction, MeasuredDifficulty, Residuals
 
 SMALLEST_PASS = 4  # images; a smaller group is filled up
 
@@ -38,6 +38,7 @@ class LatentSource:
         correction: of all members but the original, or None.
         residuals: what to remember of the corrected members' errors, or None.
         prices: expected cost of each member's pass over an image, relative to the original's, for `account`.
+        difficulty: what to measure on pairs, or None.
         by_clock: whether `account` goes by what passes took, once they did; else by the expected prices.
         memory_mib: a member's cache above this size goes to a memory-mapped file in `scratch`.
     """
@@ -47,11 +48,12 @@ class LatentSource:
         stopwatch: Stopwatch, cached: bool = False, correction: Optional[Correction] = None, memory_mib: int = 2048,
         scratch: Optional[Path] = None, residuals: Optional[Residuals] = None,
         prices: Optional[dict[int, float]] = None, by_clock: bool = False,
+        difficulty: Optional[MeasuredDifficulty] = None,
     ) -> None:
         self.images, self.runners, self.batch_size, self.device = images, runners, batch_size, device
         self.stopwatch, self.cached, self.correction, self.residuals = stopwatch, cached, correction, residuals
         self.memory_mib, self.scratch = memory_mib, scratch
-        self.prices, self.by_clock = prices or {}, by_clock
+        self.prices, self.by_clock, self.difficulty = prices or {}, by_clock, difficulty
         self.computed = dict.fromkeys(runners, 0)  # images run through each member
         self.seconds = dict.fromkeys(runners, 0.0)  # that took
         self.whole_passes: list[float] = []  # seconds an image of the original's passes of `batch_size` images
@@ -63,7 +65,8 @@ class LatentSource:
         Args:
             indices: int64, shape (W,): images.
             routes: int64, shape (W,): the member of each.
-            pairs: int64, shape (P,): images (any) that also go through `pair_route`, to learn the correction.
+            pairs: int64, shape (P,): images (any) that also go through `pair_route`, to learn the correction, or their
+                difficulty.
             pair_route: the member that is corrected.
 
         Returns:
@@ -105,10 +108,14 @@ class LatentSource:
 
     def _pair(self, indices: Tensor, original: Tensor, pairs: Tensor, route: int) -> None:
         paired = torch.isin(indices, pairs)
-        if self.correction is not None and paired.any():
-            cheap = self._of_member(route, indices[paired])
+        if not paired.any() or (self.correction is None and self.difficulty is None):
+            return
+        cheap, theirs = self._of_member(route, indices[paired]), original[paired.to(original.device)]
+        if self.difficulty is not None:
+            with self.stopwatch("router"):
+                self.difficulty.learn(indices[paired], cheap, theirs)
+        if self.correction is not None:
             with self.stopwatch("correction"):
-                theirs = original[paired.to(original.device)]
                 self.correction.add(route, cheap, theirs)
                 if self.residuals is not None and route in self.correction.maps:
                     self.residuals.learn(indices[paired], theirs - self.correction.apply(route, cheap))

@@ -8,6 +8,8 @@ Algorithm (importance routing). Let c be the cheap subnet's relative cost and C 
    subnet. An image's priority is the rank of its last loss, plus `UNSEEN` if the original has not seen it yet, plus
    `difficulty` times the rank of the difficulty that the router read off it. Both ways are open in every epoch: an
    image whose loss falls becomes cheap again. (An alternative draws images with odds in proportion to their loss.)
+   Where difficulty is measured (`measured_difficulty`), all images are pairs in the first epoch, and the rank of how
+   little an image's two latents resemble each other is added: what no router has to predict any more.
 3. Some of the originals' images go through the subnet as well, and the map is refitted. Where images are augmented at
    random, all of them do, and what the corrected subnet missed of each is remembered: when the image next gets the
    subnet, in another view, it gets a part of it back.
@@ -26,6 +28,7 @@ import torch
 from sklearn.linear_model import Ridge, RidgeCV
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torch.nn import functional
 
 Choice = Literal["drawn", "highest", "random"]
 SHRINKAGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, relative to the first pairs' summed variance
@@ -160,6 +163,42 @@ class Residuals:
         self.agreement, self.energy, self.kept = state["agreement"], state["energy"], state.get("kept")
 
 
+class MeasuredDifficulty:
+    """How little each image's latent from the cheap subnet resembles the original's, once an image has had both.
+
+    Args:
+        count: training images, N.
+        weight: beside the rank of the loss.
+    """
+
+    def __init__(self, count: int, weight: float) -> None:
+        self.weight = weight
+        self.values = torch.full((count,), torch.nan)  # one less the cosine similarity, 0 to 2; NaN where not known
+        self.seen, self.total = 0, 0.0  # originals' latents and their sum, to centre by their mean
+
+    def learn(self, indices: Tensor, cheap: Tensor, original: Tensor) -> None:
+        """Remember the difficulty of images, int64 (B,), by their latents of both networks, shape (B, ...).
+
+        Both are centred by the mean of the original's latents so far.
+        """
+        cheap, original = cheap.flatten(1), original.flatten(1)
+        self.seen, self.total = self.seen + len(original), self.total + original.sum(0)
+        mean = self.total / self.seen
+        self.values[indices] = 1 - functional.cosine_similarity(cheap - mean, original - mean).cpu()
+
+    def priority(self) -> Tensor:
+        """What is added to the rank of the loss, shape (N,)."""
+        return self.weight * ranks(self.values)
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        return {"values": self.values, "seen": self.seen} | ({"total": self.total} if self.seen else {})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.values, self.seen, self.total = state["values"], state["seen"], state.get("total", 0.0)
+
+
 @dataclass(frozen=True)
 class EpochPlan:
     """What an epoch does.
@@ -226,6 +265,7 @@ class SharedRoute:
             `random`.
         difficulty: shape (N,), of the router, already weighted: added to the rank of the loss (`highest`) or to the
             logarithm of the odds (`drawn`); None without a router.
+        measured: difficulty that becomes known in the first epoch, added likewise; None: it is not measured.
         seed: of random draws and of ties.
         buy_epochs: 0: the share is chosen anew in every epoch. Else (with a cache, where an original latent is paid
             once): the share grows evenly over so many epochs and an image that got the original keeps it.
@@ -236,9 +276,9 @@ class SharedRoute:
     def __init__(
         self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, choice: Choice = "highest",
         difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0, permanent: bool = False,
-        budget: Optional[Budget] = None,
+        budget: Optional[Budget] = None, measured: Optional[MeasuredDifficulty] = None,
     ) -> None:
-        self.expected_share, self.budget = share, budget
+        self.expected_share, self.budget, self.measured = share, budget, measured
         self.known_costs: Optional[tuple[float, float, float]] = None
         self.count, self.route, self.share, self.permanent = count, route, share, permanent
         self.pairs, self.refit_pairs, self.choice = min(pairs, count), refit_pairs, choice
@@ -295,10 +335,11 @@ class SharedRoute:
             return self.difficulty + 1e-6 * noise
         if self.choice == "random":
             return noise
+        difficulty = self.difficulty if self.measured is None else self.difficulty + self.measured.priority()
         if self.choice == "highest":
-            return ranks(self.losses) + UNSEEN * ~self.bought + self.difficulty + 1e-6 * noise
+            return ranks(self.losses) + UNSEEN * ~self.bought + difficulty + 1e-6 * noise
         # the largest of log odds + Gumbel noise are a draw without replacement
-        odds = self.losses.nan_to_num(nan=torch.inf).clamp(1e-6, 1e6).log() + self.difficulty
+        odds = self.losses.nan_to_num(nan=torch.inf).clamp(1e-6, 1e6).log() + difficulty
         return odds - (-noise.clamp(min=1e-9).log()).log()
 
 

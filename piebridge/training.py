@@ -22,7 +22,7 @@ from .engines import Runner
 from .latents import LatentSource
 from .pet import Split
 from .progress import Memory, Progress, part_of, restore, state_of
-from .routing import Correction, EpochPlan, Residuals
+from .routing import Correction, EpochPlan, MeasuredDifficulty, Residuals
 
 
 class Policy(Memory, Protocol):
@@ -51,6 +51,7 @@ class Plan:
         cached: keep latents.
         corrected: correct those of subnets.
         remembers: give each image back a part of what its corrected latents missed before.
+        difficulty: measured on pairs, for the policy; None: it is not.
         prices: expected cost of each network's pass over an image relative to the original's, where the policy keeps
             to a budget.
         by_clock: keep to the budget by what passes take on this device, not by the expected prices.
@@ -71,6 +72,7 @@ class Plan:
     cached: bool = False
     corrected: bool = False
     remembers: bool = False
+    difficulty: Optional[MeasuredDifficulty] = None
     prices: dict[int, float] = field(default_factory=dict)
     by_clock: bool = False
     upfront: float = 0.0
@@ -143,12 +145,13 @@ def fit(
     residuals = Residuals(count) if plan.remembers else None
     source = LatentSource(
         images, plan.runners, config.prefix_batch, device, stopwatch, plan.cached, correction, memory_mib, scratch,
-        residuals, plan.prices, plan.by_clock,
+        residuals, plan.prices, plan.by_clock, plan.difficulty,
     )
     generator = torch.Generator().manual_seed(seed)
     labels_there = labels.to(device)
     steps = config.epochs * math.ceil(count / config.batch_size)
-    memories = {"policy": plan.policy, "latents": source, "correction": correction, "residuals": residuals}
+    memories = {"policy": plan.policy, "latents": source, "correction": correction, "residuals": residuals,
+                "difficulty": plan.difficulty}
     run = Progress()
     if state is not None:
         run = restore(state, suffix, trained, optimizer, generator, memories)

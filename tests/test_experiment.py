@@ -219,7 +219,8 @@ class Killed(BaseException):
 
 
 CHANGEFUL = (
-    "elastic.interval=2 prune.interval=1 prune.threshold=0.12 routing.refit_pairs=5 training.evaluate_every=2"
+    "elastic.interval=2 prune.interval=1 prune.threshold=0.12 routing.refit_pairs=5 training.evaluate_every=2 "
+    "routing.measured_difficulty=0.5"
 )
 
 

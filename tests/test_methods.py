@@ -125,6 +125,32 @@ def test_routed_training_on_other_architectures(backbone_name, kind):
     assert all(math.isfinite(loss) for loss in outcome.history["loss"])
 
 
+def test_difficulty_is_measured_in_the_first_epoch_and_paid(tiny):
+    study = tiny_study(
+        "routing.measured_difficulty=1 routing.cost=0.7 routing.correction=false training.epochs=4 training.window=92"
+    )
+    setting = dataclasses.replace(tiny.setting, study=study)
+    plan, count = REGISTRY["piebridge"](setting), len(setting.images)
+    labels = tiny.task.labels[torch.cat([tiny.task.splits["train"], tiny.task.splits["validation"]])]
+    outcome = fit(plan, setting.images, labels, study.training, 0.01, 0, lambda suffix: {})
+    assert outcome.history["original_share"].iloc[0] == 1
+    torch.testing.assert_close(plan.difficulty.values, 1 - true_similarity(setting), rtol=1e-3, atol=1e-4)
+    spent = outcome.computed[0] + outcome.computed[plan.policy.route] * plan.prices[plan.policy.route]
+    assert spent == pytest.approx(0.7 * 4 * count, rel=0.02)
+    assert outcome.seconds["router"] > 0
+    assert REGISTRY["random"](setting).difficulty is None
+    assert REGISTRY["oracle"](setting).difficulty is None
+    assert REGISTRY["piebridge_cached"](setting).difficulty is None
+
+
+def test_kept_latents_need_not_be_corrected_where_others_are(tiny):
+    study = tiny_study("routing.cached_correction=false")
+    setting = dataclasses.replace(tiny.setting, study=study)
+    assert REGISTRY["piebridge"](setting).corrected
+    assert not REGISTRY["piebridge_cached"](setting).corrected
+    assert REGISTRY["piebridge_cached"](tiny.setting).corrected
+
+
 @pytest.mark.parametrize("method", ["piebridge", "random", "fixed"])
 @pytest.mark.parametrize("correction", ["true", "false"])
 def test_windows_do_not_change_routed_training(tiny, method, correction):

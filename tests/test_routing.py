@@ -14,6 +14,7 @@ from piebridge.routing import (
     Budget,
     Correction,
     FixedRoute,
+    MeasuredDifficulty,
     Residuals,
     SharedRoute,
     cached_share,
@@ -295,6 +296,33 @@ def test_difficulty_adds_to_the_loss():
     policy = SharedRoute(4, route=1, share=0.25, pairs=0, choice="highest", difficulty=difficulty)
     policy.observe(order, torch.tensor([1.0, 2.0, 3.0, 0.0]))
     assert originals(policy.plan(1, order)) == {3}
+
+
+def test_measured_difficulty_is_how_little_centred_latents_resemble_each_other():
+    generator = torch.Generator().manual_seed(0)
+    original, cheap = torch.randn(2, 12, 5, 2, 2, generator=generator) + 3
+    measured = MeasuredDifficulty(12, weight=2.0)
+    assert measured.values.isnan().all()
+    measured.learn(torch.arange(12), cheap, original)
+    centred = [latents.flatten(1) - original.flatten(1).mean(0) for latents in (cheap, original)]
+    expected = [1 - (one @ other / one.norm() / other.norm()).item() for one, other in zip(*centred)]
+    torch.testing.assert_close(measured.values, torch.tensor(expected))
+    values = measured.values.tolist()
+    assert measured.priority().tolist() == pytest.approx([2 * sorted(values).index(value) / 11 for value in values])
+    again = MeasuredDifficulty(12, weight=2.0)
+    again.restore(measured.state())
+    for one in (measured, again):  # later images are centred by the mean of all
+        one.learn(torch.tensor([3]), cheap[:1], original[:1] + 1)
+    assert again.values.tolist() == measured.values.tolist() != values
+
+
+def test_measured_difficulty_adds_to_the_loss_once_it_is_known():
+    measured, order = MeasuredDifficulty(4, weight=1.0), torch.arange(4)
+    policy = SharedRoute(4, route=1, share=0.25, pairs=4, measured=measured)
+    assert len(policy.plan(0, order).pairs) == 4
+    policy.observe(order, torch.tensor([0.0, 3.0, 2.0, 1.0]))  # ranks 0, 1, 2/3, 1/3
+    measured.values = torch.tensor([0.1, 0.0, 0.3, 0.2])  # ranks 1/3, 0, 1, 2/3
+    assert originals(policy.plan(1, order)) == {2}
 
 
 def drawn_counts(losses, draws=4000, **arguments):

@@ -19,7 +19,16 @@ from ..cutting import cut_subnet
 from ..engines import Runner, prepare
 from ..pet import Split, split
 from ..router import Router
-from ..routing import Budget, Choice, FixedRoute, SharedRoute, cached_share, original_share, ranks
+from ..routing import (
+    Budget,
+    Choice,
+    FixedRoute,
+    MeasuredDifficulty,
+    SharedRoute,
+    cached_share,
+    original_share,
+    ranks,
+)
 from ..subnets import Family
 from ..training import Plan
 
@@ -104,16 +113,22 @@ def shared_plan(
     runners, seconds["engine"] = setting.runners(networks)
     cheap = expected_cost(setting, route)
     permanent, router_cost = permanent or difficulty is not None, 0.0
+    count, epochs = len(setting.images), study.training.epochs
+    measured = None
+    if routing.measured_difficulty and not (cached or permanent or choice == "random"):
+        measured = MeasuredDifficulty(count, routing.measured_difficulty)
     if routing.difficulty and choice != "random" and difficulty is None:
         start = time.perf_counter()
         read = [setting.router.difficulty(batch) for batch in setting.images.split(ROUTER_BATCH)]
         difficulty = routing.difficulty * ranks(torch.cat(read))
         seconds["router"] = time.perf_counter() - start
         router_cost = relative_router_cost(setting, parts.prefix)
-    count, epochs = len(setting.images), study.training.epochs
-    remembers = routing.correction and routing.residuals and study.training.regime == "augmented"
-    pairs, refit = (routing.pairs, routing.refit_pairs) if routing.correction else (0, 0)
-    if remembers or (cached and routing.correction):  # what is remembered is a pair; what is kept makes one for nothing
+    corrected = routing.correction and (routing.cached_correction or not cached)
+    remembers = corrected and routing.residuals and study.training.regime == "augmented"
+    pairs, refit = (routing.pairs, routing.refit_pairs) if corrected else (0, 0)
+    if measured is not None:
+        pairs = count
+    if remembers or (cached and corrected):  # what is remembered is a pair; what is kept makes one for nothing
         refit = count
     if cached:  # an original latent is paid once, and so is the subnet's
         share = cached_share(routing.cached_cost, cheap, router_cost, count, pairs)
@@ -122,10 +137,10 @@ def shared_plan(
     policy = SharedRoute(
         count, route, share, pairs, refit, choice or routing.choice, difficulty, setting.seed,
         buy_epochs=max(1, epochs // 3) if cached else 0, permanent=permanent,
-        budget=None if cached else Budget(routing.cost * epochs * count, count, epochs, refit),
+        budget=None if cached else Budget(routing.cost * epochs * count, count, epochs, refit), measured=measured,
     )
     return Plan(
-        parts, networks, runners, policy, cached, routing.correction, remembers,
+        parts, networks, runners, policy, cached, corrected, remembers, measured,
         prices={0: 1.0, route: cheap}, by_clock=setting.by_clock and not cached,
         upfront=router_cost * count, seconds=seconds,
     )
