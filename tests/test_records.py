@@ -249,11 +249,15 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
         cached[name] = seconds["cached"] / seconds["piebridge_cached"]
         behind[name] = accuracy["fixed"] - accuracy["resolution"]
         assert 9 < seconds["pet"] / seconds["cached"] < 11.2
-        assert cached[name] == pytest.approx(1.7 if name.endswith("resnet18") else 1.28, abs=0.05)
-    over = {name: share["piebridge"] for name, share in spent.items() if abs(share["piebridge"]) > 0.05}
-    assert over == pytest.approx({"caltech101_resnet18": 0.053, "dtd_resnet18": 0.059}, abs=0.0005)
-    assert spent["dtd_resnet18"]["random"] == pytest.approx(0.176, abs=0.005)
-    assert spent["dtd_resnet18"]["fixed"] == pytest.approx(over["dtd_resnet18"], abs=0.002)
+        assert seconds["pet"] / seconds["piebridge"] > (2.5 if name.endswith("resnet18") else 2)
+    resnet = {name for name in studies if name.endswith("resnet18")}
+    assert {round(cached[name], 1) for name in resnet} == {1.7, 1.8}
+    assert {round(cached[name], 1) for name in set(studies) - resnet} == {1.4}
+    over = {name: share["piebridge"] for name, share in spent.items()}
+    earlier = {name: over.pop(name) for name in ("caltech101_resnet18", "dogsvscats_resnet18")}
+    assert earlier == pytest.approx({"caltech101_resnet18": 0.053, "dogsvscats_resnet18": 0.04}, abs=0.0006)
+    assert all(-0.025 < share < -0.0095 for share in over.values())
+    assert all(abs(spent[name]["random"]) < 0.03 for name in over)
     assert min(behind.values()) > 0 and behind["caltech101_resnet18"] == pytest.approx(16, abs=0.5)
     table = records.read_table(ROOT / "book" / "records" / "end_to_end.csv")
     augmented = table[table["regime"] == "augmented"].set_index("method")
@@ -270,7 +274,7 @@ def test_full_ends_above_pet():
         "dtd_resnet18": 0.25,
     }, abs=0.2)
     slower = [rows["train_seconds"]["full"] / rows["train_seconds"]["pet"] for rows in both.values()]
-    assert min(slower) > 5 and max(slower) < 9.55
+    assert min(slower) > 5.5 and max(slower) < 10
 
 
 def test_committed_history_is_of_the_committed_records():
