@@ -258,9 +258,9 @@ class RoutingConfig(Section):
         0.0, description="Weight of the router's difficulty beside the loss in who gets the original; 0: loss alone."
     )
     measured_difficulty: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="The same for difficulty that is measured, not predicted: in the first epoch each image goes "
-        "through both networks, and how little its latents resemble each other is remembered; 0: not measured. "
-        "Not for `piebridge_cached`."
+        0.0, description="Weight beside the loss of a difficulty that is measured, not predicted: in the first epoch "
+        "each image goes through both networks, and how little its latents resemble each other is remembered; 0: not "
+        "measured. Not for `piebridge_cached`."
     )
     correction: bool = Field(True, description="Correct the subnet's latents towards the original's by a ridge map.")
     cached_correction: bool = Field(

@@ -38,7 +38,7 @@ class LatentSource:
         correction: of all members but the original, or None.
         residuals: what to remember of the corrected members' errors, or None.
         prices: expected cost of each member's pass over an image, relative to the original's, for `account`.
-        difficulty: what to measure on pairs, or None.
+        measured: difficulty to measure on pairs, or None.
         by_clock: whether `account` goes by what passes took, once they did; else by the expected prices.
         memory_mib: a member's cache above this size goes to a memory-mapped file in `scratch`.
     """
@@ -48,12 +48,12 @@ class LatentSource:
         stopwatch: Stopwatch, cached: bool = False, correction: Optional[Correction] = None, memory_mib: int = 2048,
         scratch: Optional[Path] = None, residuals: Optional[Residuals] = None,
         prices: Optional[dict[int, float]] = None, by_clock: bool = False,
-        difficulty: Optional[MeasuredDifficulty] = None,
+        measured: Optional[MeasuredDifficulty] = None,
     ) -> None:
         self.images, self.runners, self.batch_size, self.device = images, runners, batch_size, device
         self.stopwatch, self.cached, self.correction, self.residuals = stopwatch, cached, correction, residuals
         self.memory_mib, self.scratch = memory_mib, scratch
-        self.prices, self.by_clock, self.difficulty = prices or {}, by_clock, difficulty
+        self.prices, self.by_clock, self.measured = prices or {}, by_clock, measured
         self.computed = dict.fromkeys(runners, 0)  # images run through each member
         self.seconds = dict.fromkeys(runners, 0.0)  # that took
         self.whole_passes: list[float] = []  # seconds an image of the original's passes of `batch_size` images
@@ -108,12 +108,12 @@ class LatentSource:
 
     def _pair(self, indices: Tensor, original: Tensor, pairs: Tensor, route: int) -> None:
         paired = torch.isin(indices, pairs)
-        if not paired.any() or (self.correction is None and self.difficulty is None):
+        if not paired.any() or (self.correction is None and self.measured is None):
             return
         cheap, theirs = self._of_member(route, indices[paired]), original[paired.to(original.device)]
-        if self.difficulty is not None:
+        if self.measured is not None:
             with self.stopwatch("router"):
-                self.difficulty.learn(indices[paired], cheap, theirs)
+                self.measured.learn(indices[paired], cheap, theirs)
         if self.correction is not None:
             with self.stopwatch("correction"):
                 self.correction.add(route, cheap, theirs)
@@ -163,7 +163,7 @@ class LatentSource:
 
     def _compute(self, route: int, indices: Tensor) -> Tensor:
         self.computed[route] += len(indices)
-        parts, first = [], self.stopwatch.seconds["prefix"]
+        parts, start = [], self.stopwatch.seconds["prefix"]
         for chosen in _passes(indices, self.batch_size):
             before = self.stopwatch.seconds["prefix"]
             with self.stopwatch("data"):
@@ -173,7 +173,7 @@ class LatentSource:
                 parts.append(self.runners[route](batch)[: len(chosen)])
             if route == 0 and len(chosen) == self.batch_size:
                 self.whole_passes.append((self.stopwatch.seconds["prefix"] - before) / len(chosen))
-        self.seconds[route] += self.stopwatch.seconds["prefix"] - first
+        self.seconds[route] += self.stopwatch.seconds["prefix"] - start
         return torch.cat(parts)
 
     def _new_store(self, example: Tensor) -> tuple[Tensor, Tensor]:

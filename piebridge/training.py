@@ -51,7 +51,7 @@ class Plan:
         cached: keep latents.
         corrected: correct those of subnets.
         remembers: give each image back a part of what its corrected latents missed before.
-        difficulty: measured on pairs, for the policy; None: it is not.
+        measured: difficulty that is measured on pairs, for the policy; None: it is not.
         prices: expected cost of each network's pass over an image relative to the original's, where the policy keeps
             to a budget.
         by_clock: keep to the budget by what passes take on this device, not by the expected prices.
@@ -72,7 +72,7 @@ class Plan:
     cached: bool = False
     corrected: bool = False
     remembers: bool = False
-    difficulty: Optional[MeasuredDifficulty] = None
+    measured: Optional[MeasuredDifficulty] = None
     prices: dict[int, float] = field(default_factory=dict)
     by_clock: bool = False
     upfront: float = 0.0
@@ -145,13 +145,13 @@ def fit(
     residuals = Residuals(count) if plan.remembers else None
     source = LatentSource(
         images, plan.runners, config.prefix_batch, device, stopwatch, plan.cached, correction, memory_mib, scratch,
-        residuals, plan.prices, plan.by_clock, plan.difficulty,
+        residuals, plan.prices, plan.by_clock, plan.measured,
     )
     generator = torch.Generator().manual_seed(seed)
     labels_there = labels.to(device)
     steps = config.epochs * math.ceil(count / config.batch_size)
     memories = {"policy": plan.policy, "latents": source, "correction": correction, "residuals": residuals,
-                "difficulty": plan.difficulty}
+                "measured": plan.measured}
     run = Progress()
     if state is not None:
         run = restore(state, suffix, trained, optimizer, generator, memories)

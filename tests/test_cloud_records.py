@@ -197,6 +197,10 @@ def test_what_long_runs_say():
     third, last, facts = mobile.query("run == 3"), mobile.query("run == 6"), manifest("mobilenet_v2")
     assert last["fidelity"].tolist() == [member["fidelity"] for member in facts["subnets"][1:]]
     assert set(last["alignment_seconds"]) == {facts["provenance"]["alignment_seconds"]} == {688.3}
+    assert facts["provenance"]["images_per_second"] == pytest.approx(6100, abs=50)
+    curve = pd.read_csv(ROOT / "params" / "families" / "mobilenet_v2" / "alignment.csv")
+    assert curve["seconds"].iloc[0] == pytest.approx(66, abs=0.5)
+    assert curve["images_per_second"].iloc[-1] > 7000 > facts["provenance"]["images_per_second"]
     behind = mobile.pivot_table(index=["cut", "resolution"], columns="run", values="fidelity").dropna(subset=[3, 5])
     behind = (behind[3] - behind[5]).sort_values()
     assert len(behind) == 5 and behind.between(0.0065, 0.0175).all() and behind.iloc[:-1].max() < 0.0145

@@ -134,13 +134,13 @@ def test_difficulty_is_measured_in_the_first_epoch_and_paid(tiny):
     labels = tiny.task.labels[torch.cat([tiny.task.splits["train"], tiny.task.splits["validation"]])]
     outcome = fit(plan, setting.images, labels, study.training, 0.01, 0, lambda suffix: {})
     assert outcome.history["original_share"].iloc[0] == 1
-    torch.testing.assert_close(plan.difficulty.values, 1 - true_similarity(setting), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(plan.measured.values, 1 - true_similarity(setting), rtol=1e-3, atol=1e-4)
     spent = outcome.computed[0] + outcome.computed[plan.policy.route] * plan.prices[plan.policy.route]
     assert spent == pytest.approx(0.7 * 4 * count, rel=0.02)
     assert outcome.seconds["router"] > 0
-    assert REGISTRY["random"](setting).difficulty is None
-    assert REGISTRY["oracle"](setting).difficulty is None
-    assert REGISTRY["piebridge_cached"](setting).difficulty is None
+    assert REGISTRY["random"](setting).measured is None
+    assert REGISTRY["oracle"](setting).measured is None
+    assert REGISTRY["piebridge_cached"](setting).measured is None
 
 
 def test_kept_latents_need_not_be_corrected_where_others_are(tiny):

@@ -252,7 +252,7 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
         assert seconds["pet"] / seconds["piebridge"] > (2.5 if name.endswith("resnet18") else 2)
     resnet = {name for name in studies if name.endswith("resnet18")}
     assert {round(cached[name], 1) for name in resnet} == {1.7, 1.8}
-    assert {round(cached[name], 1) for name in set(studies) - resnet} == {1.4}
+    assert sorted(round(cached[name], 2) for name in set(studies) - resnet) == [1.36, 1.38, 1.42]
     over = {name: share["piebridge"] for name, share in spent.items()}
     earlier = {name: over.pop(name) for name in ("caltech101_resnet18", "dogsvscats_resnet18")}
     assert earlier == pytest.approx({"caltech101_resnet18": 0.053, "dogsvscats_resnet18": 0.04}, abs=0.0006)
@@ -274,7 +274,7 @@ def test_full_ends_above_pet():
         "dtd_resnet18": 0.25,
     }, abs=0.2)
     slower = [rows["train_seconds"]["full"] / rows["train_seconds"]["pet"] for rows in both.values()]
-    assert min(slower) > 5.5 and max(slower) < 10
+    assert [min(slower), max(slower)] == pytest.approx([5.65, 9.75], abs=0.01)
 
 
 def test_committed_history_is_of_the_committed_records():
