@@ -90,6 +90,13 @@ class LatentSource:
             latents[places.to(part.device)] = part
         return latents
 
+    def keep(self, route: int, indices: Tensor) -> None:
+        """Compute and keep what a cache lacks of a member's latents of images, int64 (B,), in as few passes as can be.
+
+        A window would split them, and its rests run in smaller and slower passes.
+        """
+        self._of_member(route, indices)
+
     def account(self) -> tuple[float, dict[int, float]]:
         """What all passes have cost so far, and what each member's pass over an image costs, in the original's passes.
 

@@ -269,6 +269,7 @@ class SharedRoute:
         seed: of random draws and of ties.
         buy_epochs: 0: the share is chosen anew in every epoch. Else (with a cache, where an original latent is paid
             once): the share grows evenly over so many epochs and an image that got the original keeps it.
+        whole: images of the original's whole pass: until the last of those epochs, what is bought fills passes.
         permanent: the highest difficulty alone decides, whatever the losses.
         budget: to be met: the share follows what latents turn out to cost, see `account`; None: it stays.
     """
@@ -276,8 +277,9 @@ class SharedRoute:
     def __init__(
         self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, choice: Choice = "highest",
         difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0, permanent: bool = False,
-        budget: Optional[Budget] = None, measured: Optional[MeasuredDifficulty] = None,
+        budget: Optional[Budget] = None, measured: Optional[MeasuredDifficulty] = None, whole: int = 1,
     ) -> None:
+        self.whole = whole
         self.expected_share, self.budget, self.measured = share, budget, measured
         self.known_costs: Optional[tuple[float, float, float]] = None
         self.count, self.route, self.share, self.permanent = count, route, share, permanent
@@ -301,7 +303,9 @@ class SharedRoute:
             self.share = self.budget.share(epoch, *self.known_costs)
         wanted = round(self.share * self.count)
         if self.buy_epochs:
-            wanted = round(wanted * min(1.0, epoch / self.buy_epochs)) + len(order[: self.pairs])
+            if epoch < self.buy_epochs:
+                wanted = int(wanted * epoch / self.buy_epochs) // self.whole * self.whole
+            wanted += len(order[: self.pairs])
             priority[self.bought] = torch.inf
         chosen = priority.topk(min(wanted, self.count)).indices
         routes[chosen] = 0

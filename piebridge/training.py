@@ -177,6 +177,8 @@ def fit(
                 spent, prices = source.account()
                 plan.policy.account(plan.upfront + spent, prices)
             epoch_plan = plan.policy.plan(epoch, order)
+            if plan.cached and epoch:
+                source.keep(0, order[epoch_plan.routes[order] == 0])
             losses, paired = [], 0
             for window in _windows(order, epoch_plan, config):
                 routes = epoch_plan.routes[window]

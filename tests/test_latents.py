@@ -68,6 +68,15 @@ def test_a_cached_latent_is_computed_once():
     assert runners[0].sizes == [4, 4, 4, 4, 4]
 
 
+def test_what_is_kept_ahead_is_in_whole_passes_and_computed_once():
+    source, runners, _ = source_of(cached=True)
+    source.keep(0, torch.arange(8))
+    for window in torch.arange(10).split(5):
+        source.window(window, torch.zeros(len(window), dtype=torch.int64), NOBODY, 2)
+    assert runners[0].sizes == [4, 4, 4]  # the last is the last window's two images, filled up
+    assert source.computed == {0: 10, 2: 0}
+
+
 def test_a_cache_beyond_memory_is_mapped(tmp_path):
     images = torch.randint(0, 256, (6, 3, 128, 128), dtype=torch.uint8)
     options = {"cached": True, "memory_mib": 1, "scratch": tmp_path / "scratch"}

@@ -390,6 +390,12 @@ def test_what_was_bought_is_kept():
     assert counts == [4 + 10, 4 + 20, 4 + 20, 4 + 20, 4 + 20]
 
 
+def test_what_is_bought_fills_whole_passes_until_the_last_time():
+    policy = SharedRoute(100, route=1, share=0.47, pairs=3, buy_epochs=4, whole=8)
+    counts = [policy.plan(epoch, torch.randperm(100)).routes.eq(0).sum().item() for epoch in range(6)]
+    assert counts == [3, 3 + 8, 3 + 16, 3 + 32, 3 + 47, 3 + 47]  # of 11.75, 23.5 and 35.25
+
+
 def test_what_is_kept_is_paired_once():
     policy, order = SharedRoute(40, route=1, share=0.5, pairs=4, refit_pairs=40, buy_epochs=2), torch.randperm(40)
     paired = policy.plan(0, order).pairs.tolist()
@@ -473,7 +479,7 @@ def test_a_large_budget_buys_originals_for_all():
 def test_cached_budget_is_met(budget, cheap, router, pairs):
     count, epochs = 400, 9
     share = cached_share(budget, cheap, router, count, pairs)
-    policy = SharedRoute(count, 1, share, pairs, buy_epochs=3)
+    policy = SharedRoute(count, 1, share, pairs, buy_epochs=3, whole=16)
     paid = {0: set(), 1: set()}
     for epoch in range(epochs):
         plan = policy.plan(epoch, torch.randperm(count))

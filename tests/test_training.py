@@ -88,6 +88,22 @@ def test_windows_change_nothing_at_a_deep_cut(method, kind):
     assert_same_training(one, other)
 
 
+def test_originals_of_a_cache_come_in_whole_passes_whatever_the_windows(tiny):
+    task, study = tiny.task, tiny_study(
+        "training.epochs=9 training.window=8 training.prefix_batch=8 routing.correction=false routing.cached_cost=0.95"
+    )
+    setting = dataclasses.replace(tiny.setting, study=study, images=task.images[task.splits["train"]])
+    plan, sizes = REGISTRY["piebridge_cached"](setting), []
+    original = plan.runners[0]
+    plan.runners[0] = lambda images: sizes.append(len(images)) or original(images)
+    labels = task.labels[task.splits["train"]]
+    outcome = fit(plan, setting.images, labels, study.training, 0.01, 0, lambda suffix: {})
+    bought = outcome.computed[0]
+    assert bought >= 24  # of 90 images: more than three windows' worth
+    assert sizes[: bought // 8 - 1] == [8] * (bought // 8 - 1)
+    assert len(sizes) <= bought // 8 + 2  # what is left goes in halves of a pass
+
+
 @pytest.mark.parametrize("kind", ["head", "adapter"])
 def test_cached_is_pet(kind):
     setting = bare_setting(random_backbone("resnet18"), f"pet.kind={kind} pet.blocks=1")
