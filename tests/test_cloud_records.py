@@ -275,6 +275,106 @@ def test_wide_last_blocks():
     assert set(smaller.index) == {"I", "J", "K"} and smaller.max() - smaller.min() < 0.001
 
 
+def equal_latency(backbone):
+    """The members of a backbone by cut and resolution: Taylor importance where both were tried."""
+    table = pd.read_csv(ROOT / "book" / "records" / "cloud_equal_latency.csv").query("backbone == @backbone")
+    return table.drop_duplicates(["cut", "resolution"]).set_index(["cut", "resolution"])
+
+
+def test_what_to_cut_at_equal_latency():
+    table = pd.read_csv(ROOT / "book" / "records" / "cloud_equal_latency.csv")
+    assert not table.duplicated(["backbone", "cut", "resolution", "importance"]).any()
+    resnet = table.query("backbone == 'resnet18'")
+    assert set(zip(resnet["steps"], resnet["batch_size"], resnet["held_out"])) == {(1000, 512, "tiny_imagenet")}
+    rows = equal_latency("resnet18")
+    assert set(rows["importance"]) == {"taylor", "-"}
+    latency, fidelity = rows["relative_latency"], rows["fidelity"]
+    half, third = latency > 0.42, latency < 0.42
+    assert latency[half].between(0.46, 0.52).all() and latency[third].between(0.35, 0.39).all()
+    alone = {kind: [rows[(rows["kind"] == kind) & near].iloc[0] for near in (half, third)]
+             for kind in ("width", "resolution", "depth")}
+    assert (rows["kind"] != "mixed").sum() == 6
+    wide, small, shallow = ([row["fidelity"] for row in alone[kind]] for kind in alone)
+    assert (wide, small, shallow) == ([0.9473, 0.9174], [0.9369, 0.9149], [0.8970, 0.8747])
+    assert [row.name[1] for row in alone["resolution"] + alone["depth"]] == [72, 64, 128, 116]
+    for place, lead in enumerate((0.0104, 0.0025)):
+        assert wide[place] - small[place] == pytest.approx(lead, abs=1e-9)
+        assert wide[place] > small[place] > shallow[place]
+        assert alone["depth"][place]["relative_latency"] > max(
+            alone[kind][place]["relative_latency"] for kind in ("width", "resolution")
+        )
+    mixed = rows[(rows["kind"] == "mixed") & ~rows.index.get_level_values("cut").str.contains("without")]
+    at_half, at_third = mixed[half[mixed.index]], mixed[third[mixed.index]]
+    behind = at_half[at_half["fidelity"] < wide[0]]
+    assert behind.index.get_level_values("resolution").tolist() == [112] and len(at_half) == 7
+    best_of = (at_half, 0, 0.9550, 0.008, -0.002), (at_third, 1, 0.9392, 0.022, 0.0155)
+    for mixtures, place, best, gain, more in best_of:
+        ahead = mixtures.loc[mixtures["fidelity"].idxmax()]
+        assert ahead["fidelity"] == best
+        assert ahead["fidelity"] - wide[place] == pytest.approx(gain, abs=0.0005)
+        assert ahead["relative_latency"] - alone["width"][place]["relative_latency"] == pytest.approx(more, abs=0.0005)
+    blocks = rows.loc[("without layer2_1 layer3_1 layer4_1", 92)]
+    assert blocks["fidelity"] < min(wide[1], small[1])
+    assert blocks["relative_latency"] > max(alone[kind][1]["relative_latency"] for kind in ("width", "resolution"))
+    share = [alone["resolution"][place]["relative_macs"] / alone["width"][place]["relative_macs"] for place in (0, 1)]
+    assert share == [pytest.approx(0.9, abs=0.01), pytest.approx(0.8, abs=0.01)]
+    for place in (0, 1):
+        slower = alone["resolution"][place]["relative_latency"] - alone["width"][place]["relative_latency"]
+        assert abs(slower) < 0.007
+
+    a_group, uniform = ("width 0.875, layer3 0.875, layer4 0.3125", 96), ("width 0.75", 88)
+    members = [member for member in manifest("resnet18")["subnets"] if member["widths"].get("layer4") == 0.3125]
+    assert len(members) == 5
+    assert all(member["width"] == 0.875 and member["widths"]["layer3"] == 0.875 for member in members)
+    assert fidelity[a_group] - fidelity[uniform] == pytest.approx(0.0045, abs=1e-9)
+    assert latency[a_group] < latency[uniform]
+    chosen = resnet.pivot_table(index=["cut", "resolution"], columns="importance", values="fidelity")
+    gain = (chosen["taylor"] - chosen["magnitude"]).dropna().round(4)
+    assert gain.to_dict() == {("width 0.5", 128): 0.0095, uniform: 0.0033, a_group: 0.0020}
+    assert (resnet.groupby(["cut", "resolution"])["relative_latency"].nunique() == 1).all()
+
+    before = ("layer4 0.5625", 88)
+    large, larger = ("layer1 0.75, layer4 0.5625", 96), ("layer1 0.75, layer4 0.625", 96)
+    assert latency[[large, larger, before]].round(3).tolist() == [0.472, 0.483, 0.495]
+    assert (fidelity[[large, larger]] - fidelity[before]).round(4).tolist() == [0.0026, 0.0039]
+    others = {"layer1 0.5, layer4 0.8125": 96, "layer1 0.75, layer2 0.75, layer4 0.75": 96,
+              "layer1 0.5, layer2 0.75, layer4 0.5625": 104, "layer1 0.5, layer2 0.5, layer4 0.625": 112}
+    behind = fidelity[large] - fidelity[list(others.items())]
+    assert behind.round(3).min() == 0.003 and behind.round(3).max() == 0.013
+    without = ("layer4 0.5625, without layer1_1", 96)
+    assert fidelity[large] - fidelity[without] == pytest.approx(0.001, abs=0.0005)
+    same = latency[[*others.items(), large, without]].round(3)
+    assert (same.min(), same.max()) == (0.466, 0.476)
+    assert set(half[half].index) == {before, large, larger, without, *others.items(),
+                                     *(row.name for row in (alone[kind][0] for kind in alone))}
+
+
+def test_what_to_cut_at_equal_latency_of_mobilenet():
+    rows = equal_latency("mobilenet_v2")
+    assert set(zip(rows["steps"], rows["batch_size"], rows["held_out"])) == {(800, 512, "photos")}
+    assert set(rows["importance"]) == {"magnitude", "-"}
+    rows["blocks"] = [cut.count("block") for cut, _ in rows.index]
+    narrow = rows[rows["importance"] == "magnitude"]
+    assert len(narrow) == 2 and narrow["fidelity"].max() < 0.4
+    assert 112 in narrow.index.get_level_values("resolution")
+    wide = rows[rows["importance"] == "-"].reset_index().set_index(["blocks", "resolution"])
+    assert wide["fidelity"].min() > 0.6 and len(wide) == 5
+    fidelity, latency = wide["fidelity"], wide["relative_latency"]
+    assert fidelity[0, 80] == 0.7586 and latency[[(2, 84), (0, 80)]].round(3).tolist() == [0.347, 0.340]
+    assert fidelity[2, 84] - fidelity[0, 80] == pytest.approx(0.0155, abs=1e-9)
+    assert fidelity[5, 100] - fidelity[2, 84] == pytest.approx(0.0113, abs=1e-9)
+    assert latency[5, 100] / latency[2, 84] == pytest.approx(8 / 7, abs=0.01)
+    assert (fidelity[0, 80] - fidelity[[(8, 104), (10, 128)]]).round(2).tolist() == [0.05, 0.10]
+    depth = pd.read_csv(ROOT / "book" / "records" / "cloud_depth.csv")
+    blocks = depth["left_out"].str.split().str.len()
+    compared = depth[((blocks == 8) & (depth["resolution"] == 64)) | ((blocks == 5) & (depth["resolution"] == 56))]
+    assert set(blocks[compared.index]) == {5, 8} and compared["relative_latency"].max() < 0.2
+    resnet = pd.read_csv(ROOT / "book" / "records" / "cloud_equal_latency.csv").query("backbone == 'resnet18'")
+    chosen = resnet.pivot_table(index=["cut", "resolution"], columns="importance", values="fidelity")
+    gap = wide["fidelity"].min() - narrow["fidelity"].max()
+    assert (chosen["taylor"] - chosen["magnitude"]).max() < gap / 20
+
+
 def test_what_the_optimiser_is_worth():
     table = pd.read_csv(ROOT / "book" / "records" / "cloud_optimizer.csv")
     table = table.set_index(["optimizer", "learning_rate", "change"]).sort_index()
