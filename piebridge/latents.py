@@ -95,7 +95,8 @@ class LatentSource:
 
         A window would split them, and its rests run in smaller and slower passes.
         """
-        self._of_member(route, indices)
+        if len(indices):
+            self._of_member(route, indices)
 
     def account(self) -> tuple[float, dict[int, float]]:
         """What all passes have cost so far, and what each member's pass over an image costs, in the original's passes.

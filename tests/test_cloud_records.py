@@ -156,10 +156,10 @@ def test_blocks_or_pixels():
 def test_what_long_runs_say():
     table = pd.read_csv(ROOT / "book" / "records" / "cloud_long.csv")
     shipped = manifest("resnet18")
-    facts, last = shipped["provenance"], table.query("backbone == 'resnet18' and run == 7")
+    facts, last = shipped["provenance"], table.query("backbone == 'resnet18' and run == 9")
     assert last["fidelity"].tolist() == [member["fidelity"] for member in shipped["subnets"][1:]]
-    assert set(last["alignment_seconds"]) == {facts["alignment_seconds"]} == {634.2}
-    assert facts["share_of_peak"] == pytest.approx(0.12, abs=0.005)
+    assert set(last["alignment_seconds"]) == {facts["alignment_seconds"]} == {634.1}
+    assert facts["share_of_peak"] == pytest.approx(0.11, abs=0.005)
     rows = table.query("backbone == 'resnet18'")
     fidelity = rows.pivot_table(index=["cut", "resolution"], columns="run", values="fidelity")
     dearest, cheapest = fidelity.loc["layer4 0.5"], fidelity.loc["width 0.5, layer3 0.375, layer4 0.0625"]
@@ -186,6 +186,14 @@ def test_what_long_runs_say():
     assert len(wider) == 5 and (wider.values - fidelity.loc[narrow, 6]).between(0.001, 0.002).all()
     alike = (last - fidelity[6]).dropna()
     assert len(alike) == 3 and alike.between(-0.0012, 0.0002).all()
+    nearer = (fidelity[9] - fidelity[7]).dropna()
+    assert len(nearer) == 7 and nearer.between(-0.00115, 0).all() and steps[9] / steps[7] == pytest.approx(11 / 12)
+    pairs = [rows[rows["run"] == run].head(2)[["relative_macs", "fidelity"]].values for run in (7, 8, 9)]
+    for _, (first, second) in zip((8, 9), pairs[1:]):
+        assert second[1] - pairs[0][1][1] == pytest.approx(0.002, abs=0.0005) and second[0] < pairs[0][1][0]
+        assert first[1] - pairs[0][0][1] == pytest.approx(-0.001, abs=0.0004)
+        assert first[0] / pairs[0][0][0] == pytest.approx(0.9, abs=0.015)
+    assert pairs[1][1][1] == pairs[2][1][1] and steps[8] - steps[9] == 500
     pair = fidelity.loc["layer4 0.5625"]
     assert pair.loc[96, 6] - pair.loc[88, 7] == pytest.approx(0.004, abs=0.0005)
     alike = fidelity[5].dropna() - fidelity[4]

@@ -70,6 +70,8 @@ def test_a_cached_latent_is_computed_once():
 
 def test_what_is_kept_ahead_is_in_whole_passes_and_computed_once():
     source, runners, _ = source_of(cached=True)
+    source.keep(0, NOBODY)
+    assert not runners[0].sizes
     source.keep(0, torch.arange(8))
     for window in torch.arange(10).split(5):
         source.window(window, torch.zeros(len(window), dtype=torch.int64), NOBODY, 2)
