@@ -107,6 +107,8 @@ def test_what_families_are_worth():
     table = rows.assign(lost=lost).pivot_table(index=["backbone", "subnet"], columns="dataset", values="lost")
     resnet, mobile = table.loc["resnet18"], table.loc["mobilenet_v2"]
     facts = rows.drop_duplicates(["backbone", "subnet"]).set_index(["backbone", "subnet"])
+    assert facts.loc[("resnet18", 2), "relative_latency"] < 1 / 2 and 0 < resnet.loc[2].mean() < 0.1
+    assert rows.query("backbone == 'resnet18' and subnet == 2")["transfer_std"].min() > 0.1
     assert facts.loc[("resnet18", 4), "relative_latency"] < 1 / 3
     assert resnet.loc[4, ["caltech101", "dtd"]].max() < 1 and resnet.loc[4, "dogs_vs_cats"] < 0
     coarse = rows.query("backbone == 'resnet18' and subnet == 6")
