@@ -139,26 +139,37 @@ def test_what_the_book_says_of_the_committed_table():
     mobile = set(studies) - resnet
     assert len(studies) == 6
     assert beyond("drawn uniformly") == {"dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "dtd_resnet18"}
-    assert beyond("best subnet") == {"dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "caltech101_resnet18"}
-    assert all(studies[study].loc["best subnet", "behind"] > 1 for study in beyond("best subnet") & mobile)
-    assert studies["caltech101_resnet18"].loc["best subnet", "behind"] == pytest.approx(0.2, abs=0.02)
-    assert beyond("drawn by loss") == set()
-    assert beyond("highest predicted difficulty") == mobile
+    assert beyond("best subnet") == {"dogsvscats_mobilenetv2", "caltech101_mobilenetv2"}
+    assert all(studies[study].loc["best subnet", "behind"] > 1 for study in beyond("best subnet"))
+    assert beyond("drawn by loss") == {"caltech101_resnet18"}
+    assert studies["caltech101_resnet18"].loc["drawn by loss", "behind"] == pytest.approx(0.12, abs=0.005)
+    worse = beyond("highest predicted difficulty")
+    assert worse == mobile | {"dtd_resnet18"}
+    by = sorted(studies[study].loc["highest predicted difficulty", "behind"] for study in worse)
+    assert [by[0], by[-1]] == pytest.approx([1.3, 2.7], abs=0.05)
     assert beyond("highest loss and predicted difficulty") == {
-        "dogsvscats_mobilenetv2", "caltech101_mobilenetv2",
+        "dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "caltech101_resnet18",
     }
-    for variant in (
-        "best subnet", "drawn uniformly", "drawn by loss", "highest loss", "highest predicted difficulty",
-        "highest loss and predicted difficulty",
-    ):
-        rows = [rows.loc[variant] for rows in studies.values()]
-        assert all(row["behind"] >= -row["half_width"] for row in rows)  # ahead nowhere
-    assert beyond("highest loss, latents kept") == {"dogsvscats_resnet18", "caltech101_mobilenetv2"}
+    ahead_of_it = {
+        (variant, study): -studies[study].loc[variant, "behind"]
+        for study in studies
+        for variant in (
+            "best subnet", "drawn uniformly", "drawn by loss", "highest loss", "highest predicted difficulty",
+            "highest loss and predicted difficulty", "lowest similarity",
+        )
+        if -studies[study].loc[variant, "behind"] > studies[study].loc[variant, "half_width"]
+    }
+    assert ahead_of_it == pytest.approx({
+        ("best subnet", "dogsvscats_resnet18"): 0.44, ("highest predicted difficulty", "dogsvscats_resnet18"): 0.19,
+    }, abs=0.005)
+    assert beyond("highest loss, latents kept") == {"caltech101_mobilenetv2"}
+    kept = studies["caltech101_mobilenetv2"].loc["highest loss, latents kept", "behind"]
+    assert kept == pytest.approx(0.5, abs=0.01)
     measuring = {study for study in studies if load_study(study).routing.measured_difficulty}
     assert measuring == {"dtd_resnet18"}
     loss = {study: rows.loc["highest loss", "behind"] for study, rows in studies.items()}
     assert {study for study in studies if loss[study]} == measuring
-    assert loss["dtd_resnet18"] == pytest.approx(-0.32, abs=0.01)
+    assert loss["dtd_resnet18"] == pytest.approx(-0.08, abs=0.01)
     switched = {study: rows.loc["highest priority, correction switched"] for study, rows in studies.items()}
     ahead = {study for study, row in switched.items() if -row["behind"] > row["half_width"]}
     assert ahead == {"dogsvscats_mobilenetv2"}
@@ -167,13 +178,13 @@ def test_what_the_book_says_of_the_committed_table():
     assert {study for study in studies if not load_study(study).routing.correction} == resnet
     lost = {study: -rows.loc["original", "behind"] for study, rows in studies.items()}
     assert lost == pytest.approx({
-        "dogsvscats_resnet18": 0.1, "dtd_resnet18": 0.7, "caltech101_resnet18": 0.55,
-        "dogsvscats_mobilenetv2": 0.08, "dtd_mobilenetv2": 0.35, "caltech101_mobilenetv2": -0.06,
+        "dogsvscats_resnet18": 0.32, "dtd_resnet18": 0.57, "caltech101_resnet18": 0.55,
+        "dogsvscats_mobilenetv2": 0.08, "dtd_mobilenetv2": 0.35, "caltech101_mobilenetv2": 0.22,
     }, abs=0.011)
     beyond_chance = {study for study, rows in studies.items() if lost[study] > rows.loc["original", "half_width"]}
-    assert beyond_chance == {"caltech101_resnet18", "dtd_resnet18"}
+    assert beyond_chance == {"caltech101_resnet18", "dogsvscats_resnet18", "caltech101_mobilenetv2"}
     for study, alone, drawn in (
-        ("dtd_mobilenetv2", 2.9, 0.2), ("caltech101_mobilenetv2", 2.7, 1.5), ("dtd_resnet18", 1.2, 0.6),
+        ("dtd_mobilenetv2", 2.9, 0.2), ("caltech101_mobilenetv2", 2.7, 0.7), ("dtd_resnet18", 1.6, 0.95),
     ):
         behind = studies[study]["behind"]
         assert behind["cheap subnet"] == pytest.approx(alone, abs=0.05)
@@ -181,9 +192,7 @@ def test_what_the_book_says_of_the_committed_table():
     reached = table.groupby(["study", "variant"])["test_accuracy"].mean().unstack()
     ahead = reached["lowest similarity"] - reached["drawn uniformly"]
     assert {study for study in studies if ahead[study] < 0} == mobile
-    oracle = {study: rows.loc["lowest similarity"] for study, rows in studies.items()}
-    beaten = {study: -row["behind"] for study, row in oracle.items() if -row["behind"] > row["half_width"]}
-    assert beaten == pytest.approx({"dogsvscats_resnet18": 0.43, "dtd_resnet18": 0.68}, abs=0.01)
+    assert beyond("lowest similarity") == mobile
 
 
 def test_what_the_book_says_of_the_choice_of_subnets():

@@ -242,27 +242,32 @@ def test_committed_plain_runs_are_of_a_steady_machine():
 
 def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
     studies = committed_plain_studies()
-    spent, cached, behind = {}, {}, {}
+    spent, cached, behind, faster = {}, {}, {}, {}
     for name, rows in studies.items():
         seconds, passes, accuracy = rows["train_seconds"], rows["prefix_seconds"], rows["test_accuracy"]
         spent[name] = passes / passes["pet"] / load_study(name).routing.cost - 1
         cached[name] = seconds["cached"] / seconds["piebridge_cached"]
         behind[name] = accuracy["fixed"] - accuracy["resolution"]
         assert 9 < seconds["pet"] / seconds["cached"] < 11.2
-        assert seconds["pet"] / seconds["piebridge"] > (2.5 if name.endswith("resnet18") else 2)
+        faster[name] = seconds["pet"] / seconds["piebridge"]
     resnet = {name for name in studies if name.endswith("resnet18")}
     assert {round(cached[name], 1) for name in resnet} == {1.7, 1.8}
-    assert sorted(round(cached[name], 2) for name in set(studies) - resnet) == [1.36, 1.38, 1.42]
+    assert sorted(round(cached[name], 2) for name in set(studies) - resnet) == [1.35, 1.42, 1.5]
+    slowest, fastest = ([kind(faster[name] for name in names) for names in (resnet, set(studies) - resnet)]
+                        for kind in (min, max))
+    assert slowest == pytest.approx([2.58, 1.99], abs=0.005) and fastest == pytest.approx([2.71, 2.14], abs=0.005)
     over = {name: share["piebridge"] for name, share in spent.items()}
-    earlier = {name: over.pop(name) for name in ("caltech101_resnet18", "dogsvscats_resnet18")}
-    assert earlier == pytest.approx({"caltech101_resnet18": 0.053, "dogsvscats_resnet18": 0.04}, abs=0.0006)
-    assert all(-0.025 < share < -0.0095 for share in over.values())
-    assert all(abs(spent[name]["random"]) < 0.03 for name in over)
-    assert min(behind.values()) > 0 and behind["caltech101_resnet18"] == pytest.approx(16, abs=0.5)
+    assert over.pop("dtd_mobilenetv2") == pytest.approx(0.04, abs=0.0006)
+    assert [min(over.values()), max(over.values())] == pytest.approx([-0.045, -0.007], abs=0.0006)
+    assert all(abs(share["random"]) < 0.03 for share in spent.values())
+    own = [1 - rows["prefix_seconds"]["piebridge_cached"] / rows["train_seconds"]["piebridge_cached"]
+           for name, rows in studies.items() if name not in resnet]
+    assert [min(own), max(own)] == pytest.approx([0.335, 0.415], abs=0.005)
+    assert min(behind.values()) > 0 and behind["caltech101_resnet18"] == pytest.approx(16.6, abs=0.06)
     table = records.read_table(ROOT / "book" / "records" / "end_to_end.csv")
     augmented = table[table["regime"] == "augmented"].set_index("method")
-    assert augmented["train_seconds"]["pet"] / augmented["train_seconds"]["piebridge"] == pytest.approx(2.6, abs=0.05)
-    assert augmented["test_accuracy"]["pet"] - augmented["test_accuracy"]["piebridge"] == pytest.approx(0.75)
+    assert augmented["train_seconds"]["pet"] / augmented["train_seconds"]["piebridge"] == pytest.approx(2.7, abs=0.05)
+    assert augmented["test_accuracy"]["pet"] - augmented["test_accuracy"]["piebridge"] == pytest.approx(0.5)
 
 
 def test_full_ends_above_pet():
@@ -270,11 +275,11 @@ def test_full_ends_above_pet():
             if "full" in rows.index}
     gains = {study: rows["test_accuracy"]["full"] - rows["test_accuracy"]["pet"] for study, rows in both.items()}
     assert gains == pytest.approx({
-        "caltech101_mobilenetv2": 3, "dtd_mobilenetv2": 3, "dogsvscats_mobilenetv2": 1.5, "dogsvscats_resnet18": 1.5,
+        "caltech101_mobilenetv2": 2.7, "dtd_mobilenetv2": 3, "dogsvscats_mobilenetv2": 1.5, "dogsvscats_resnet18": 1.5,
         "dtd_resnet18": 0.25,
     }, abs=0.2)
     slower = [rows["train_seconds"]["full"] / rows["train_seconds"]["pet"] for rows in both.values()]
-    assert [min(slower), max(slower)] == pytest.approx([5.65, 9.75], abs=0.01)
+    assert [min(slower), max(slower)] == pytest.approx([5.47, 9.57], abs=0.01)
 
 
 def test_committed_history_is_of_the_committed_records():
