@@ -269,7 +269,7 @@ class SharedRoute:
         seed: of random draws and of ties.
         buy_epochs: 0: the share is chosen anew in every epoch. Else (with a cache, where an original latent is paid
             once): the share grows evenly over so many epochs and an image that got the original keeps it.
-        whole: images of the original's whole pass: until the last of those epochs, what is bought fills passes.
+        pass_size: images a pass: until the last of those epochs, what is bought fills whole passes.
         permanent: the highest difficulty alone decides, whatever the losses.
         budget: to be met: the share follows what latents turn out to cost, see `account`; None: it stays.
     """
@@ -277,9 +277,9 @@ class SharedRoute:
     def __init__(
         self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, choice: Choice = "highest",
         difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0, permanent: bool = False,
-        budget: Optional[Budget] = None, measured: Optional[MeasuredDifficulty] = None, whole: int = 1,
+        budget: Optional[Budget] = None, measured: Optional[MeasuredDifficulty] = None, pass_size: int = 1,
     ) -> None:
-        self.whole = whole
+        self.pass_size = pass_size
         self.expected_share, self.budget, self.measured = share, budget, measured
         self.known_costs: Optional[tuple[float, float, float]] = None
         self.count, self.route, self.share, self.permanent = count, route, share, permanent
@@ -304,7 +304,7 @@ class SharedRoute:
         wanted = round(self.share * self.count)
         if self.buy_epochs:
             if epoch < self.buy_epochs:
-                wanted = int(wanted * epoch / self.buy_epochs) // self.whole * self.whole
+                wanted = int(wanted * epoch / self.buy_epochs) // self.pass_size * self.pass_size
             wanted += len(order[: self.pairs])
             priority[self.bought] = torch.inf
         chosen = priority.topk(min(wanted, self.count)).indices

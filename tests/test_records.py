@@ -263,6 +263,9 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
     own = [1 - rows["prefix_seconds"]["piebridge_cached"] / rows["train_seconds"]["piebridge_cached"]
            for name, rows in studies.items() if name not in resnet]
     assert [min(own), max(own)] == pytest.approx([0.335, 0.415], abs=0.005)
+    rows, routing = studies["caltech101_mobilenetv2"]["prefix_seconds"], load_study("caltech101_mobilenetv2").routing
+    spent_kept = 12 * rows["piebridge_cached"] / rows["pet"] / routing.cached_cost
+    assert routing.cached_cost == 0.6 and spent_kept == pytest.approx(1.05, abs=0.005)
     assert min(behind.values()) > 0 and behind["caltech101_resnet18"] == pytest.approx(16.6, abs=0.06)
     table = records.read_table(ROOT / "book" / "records" / "end_to_end.csv")
     augmented = table[table["regime"] == "augmented"].set_index("method")

@@ -391,7 +391,7 @@ def test_what_was_bought_is_kept():
 
 
 def test_what_is_bought_fills_whole_passes_until_the_last_time():
-    policy = SharedRoute(100, route=1, share=0.47, pairs=3, buy_epochs=4, whole=8)
+    policy = SharedRoute(100, route=1, share=0.47, pairs=3, buy_epochs=4, pass_size=8)
     counts = [policy.plan(epoch, torch.randperm(100)).routes.eq(0).sum().item() for epoch in range(6)]
     assert counts == [3, 3 + 8, 3 + 16, 3 + 32, 3 + 47, 3 + 47]  # of 11.75, 23.5 and 35.25
 
@@ -479,7 +479,7 @@ def test_a_large_budget_buys_originals_for_all():
 def test_cached_budget_is_met(budget, cheap, router, pairs):
     count, epochs = 400, 9
     share = cached_share(budget, cheap, router, count, pairs)
-    policy = SharedRoute(count, 1, share, pairs, buy_epochs=3, whole=16)
+    policy = SharedRoute(count, 1, share, pairs, buy_epochs=3, pass_size=16)
     paid = {0: set(), 1: set()}
     for epoch in range(epochs):
         plan = policy.plan(epoch, torch.randperm(count))

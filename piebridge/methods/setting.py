@@ -138,7 +138,7 @@ def shared_plan(
         count, route, share, pairs, refit, choice or routing.choice, difficulty, setting.seed,
         buy_epochs=max(1, epochs // 3) if cached else 0, permanent=permanent,
         budget=None if cached else Budget(routing.cost * epochs * count, count, epochs, refit), measured=measured,
-        whole=study.training.prefix_batch,
+        pass_size=study.training.prefix_batch,
     )
     return Plan(
         parts, networks, runners, policy, cached, corrected, remembers, measured,
