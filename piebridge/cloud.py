@@ -150,7 +150,7 @@ def generate_family(
     if device.type == "cuda":
         device = PartialState().device  # under torchrun each process has its own
     original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
-    sample = images.held_out[:64].to(device)
+    sample = _spread(images.train, 64).to(device)
     cuts = [cut for spec in config.subnets for cut in cut_set(original, spec, sample, config)]
     networks = [cut.network for cut in cuts]
     history = align(networks, original, tail, images.train, backbone.resolution, config, study.seed, checkpoint)
@@ -184,7 +184,8 @@ def try_out(study: Study, backbone: Backbone, images: CloudImages, config: Cloud
     device = torch.device(config.device)
     original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
     held_out = images.held_out.to(device)
-    networks = [cut.network for spec in config.subnets for cut in cut_set(original, spec, held_out[:64], config)]
+    sample = _spread(images.train, 64).to(device)
+    networks = [cut.network for spec in config.subnets for cut in cut_set(original, spec, sample, config)]
     wanted, example = latents_of(original, held_out), backbone.example().to(device)
 
     def reached() -> list[float]:
@@ -194,6 +195,11 @@ def try_out(study: Study, backbone: Backbone, images: CloudImages, config: Cloud
     align(networks, original, tail, images.train, backbone.resolution, config, study.seed)
     table = pd.DataFrame(table | {"aligned": reached()})
     return table.assign(relative_macs=table["relative_macs"] / costs.macs(original, example))
+
+
+def _spread(images: Tensor, count: int) -> Tensor:
+    """So many images, or all if there are fewer, evenly spaced: a folder's images can be sorted by class."""
+    return images[:: max(1, len(images) // count)][:count]
 
 
 def _throughput(history: pd.DataFrame, networks: Sequence[nn.Module], example: Tensor, device: torch.device) -> dict:

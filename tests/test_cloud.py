@@ -63,6 +63,17 @@ def test_fidelity_in_the_manifest_is_that_of_the_files(tiny):
         assert facts.cosine == pytest.approx(plain.mean().item(), abs=2e-3)
 
 
+def test_what_is_cut_does_not_depend_on_held_out_images(tiny):
+    """Fidelity is measured on them: they may choose neither channels nor blocks."""
+    study = tiny_study("cloud.importance=taylor cloud.steps=0")
+    images = load_cloud(study)
+    turned = dataclasses.replace(images, held_out=images.held_out.flip(0, 2, 3))
+    cut, other = (cloud.generate_family(study, tiny.backbone, given)[0] for given in (images, turned))
+    for network, again in zip(cut.networks, other.networks):
+        assert same_tensors(network.state_dict(), again.state_dict())
+    assert cut.manifest.subnets[1].fidelity != other.manifest.subnets[1].fidelity
+
+
 def test_alignment_table_lies_beside_the_family(tiny):
     assert (family_folder(tiny.study, tiny.backbone) / "alignment.csv").is_file()
 
