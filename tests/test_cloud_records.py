@@ -291,6 +291,49 @@ def equal_latency(backbone):
     return table.drop_duplicates(["cut", "resolution"]).set_index(["cut", "resolution"])
 
 
+def test_what_the_recipe_is_worth():
+    table = pd.read_csv(ROOT / "book" / "records" / "cloud_recipe.csv")
+    facts = table.drop_duplicates("trial").set_index("trial").drop(columns=["subnet", "fidelity"])
+    fidelity = table.pivot_table(index="subnet", columns="trial", values="fidelity")
+    assert fidelity.shape == (9, 9) and fidelity.notna().all(axis=None)
+    assert fidelity["run 9"].tolist() == [member["fidelity"] for member in manifest("resnet18")["subnets"][1:]]
+    changed = (facts != facts.loc["run 9"]).drop(columns=["layer4", "command_seconds"])
+    assert {trial: {name for name in changed if changed.loc[trial, name]} for trial in changed.index} == {
+        "run 9": set(), "A": {"mixed"}, "B": {"mixed", "frozen_statistics"}, "C": {"mixed", "settled_crop_area"},
+        "D": {"crop_area", "settled_crop_area"}, "E": {"frozen_statistics"},
+        "F": {"crop_area", "settled_crop_area", "frozen_statistics"}, "G": {"frozen_statistics", "learning_rate"},
+        "H": {"frozen_statistics"},
+    }
+    assert fidelity.loc[2].drop(["D", "F"]).max() < 0.965 <= fidelity.loc[2, "F"] == 0.9652  # D's has three digits
+    assert facts.loc["F", ["crop_area", "settled_crop_area", "frozen_statistics", "command_seconds"]].tolist() == [
+        0.2, 0.35, 0.4, 675,
+    ]
+    crops = fidelity["F"] - fidelity["E"]
+    assert crops[:4].between(0.0001, 0.0006).all() and (crops[4:] < 0).all()
+    assert crops.idxmin() == 9 and crops[9] == pytest.approx(-0.003, abs=0.0005)
+    mixed = fidelity["A"] - fidelity["run 9"]
+    assert (mixed[2:] < -0.001).all() and mixed[[7, 9]].between(-0.007, -0.006).all() and mixed[:2].max() < 0.0005
+    longer = fidelity[["E", "H"]].sub(fidelity["run 9"], axis=0)[2:]
+    assert longer.abs().max(axis=None) < 0.0021
+    shorter = fidelity["B"] - fidelity["A"]
+    assert (shorter < 0).all() and shorter.min() == pytest.approx(-0.005, abs=0.0005)
+    slower = fidelity["G"] - fidelity["E"]
+    assert slower[slower > 0].index.tolist() == [1]
+
+
+def test_latencies_on_another_machine():
+    table = pd.read_csv(ROOT / "book" / "records" / "cloud_machines.csv")
+    shipped = manifest("resnet18")
+    assert set(table["machine"]).isdisjoint({shipped["latency_device"].split(",")[0]})
+    latency = table.pivot_table(index="process", columns="subnet", values="relative_latency")
+    assert latency.shape == (17, 7) and latency.notna().all(axis=None)
+    dearer = latency.median() - [shipped["subnets"][subnet]["relative_latency"] for subnet in latency]
+    assert dearer.between(0.0145, 0.0225).all()
+    assert latency[9].median() == pytest.approx(0.10, abs=0.001)
+    assert shipped["subnets"][9]["relative_latency"] == pytest.approx(0.08, abs=0.002)
+    assert [latency[4].min(), latency[4].max()] == pytest.approx([0.31, 0.37], abs=0.005)
+
+
 def test_what_to_cut_at_equal_latency():
     table = pd.read_csv(ROOT / "book" / "records" / "cloud_equal_latency.csv")
     assert not table.duplicated(["backbone", "cut", "resolution", "importance"]).any()

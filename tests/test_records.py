@@ -273,6 +273,31 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
     assert augmented["test_accuracy"]["pet"] - augmented["test_accuracy"]["piebridge"] == pytest.approx(0.5)
 
 
+def test_what_the_book_says_of_another_machine():
+    other = records.read_table(ROOT / "book" / "records" / "other_machine.csv").set_index("method")
+    here = committed_plain_studies()["dtd_mobilenetv2"]
+    assert set(other["study"]) == {"dtd_mobilenetv2"} and set(other["device"]).isdisjoint(here["device"])
+    assert set(other.index) == set(here.index)
+    for name in ("epochs", "batch_size", "learning_rate", "seed"):
+        assert other[name].to_dict() == here[name].to_dict()
+    seconds, passes = other["train_seconds"], other["prefix_seconds"]
+    images = other.loc["pet", "epochs"] * other.loc["pet", "train_images"]
+    assert [1000 * rows["prefix_seconds"]["pet"] / images for rows in (other, here)] == pytest.approx(
+        [4.1, 2.0], abs=0.05
+    )
+    assert seconds["pet"] / seconds["piebridge"] == pytest.approx(1.94, abs=0.005)
+    assert seconds["cached"] / seconds["piebridge_cached"] == pytest.approx(1.18, abs=0.005)
+    assert here["train_seconds"]["cached"] / here["train_seconds"]["piebridge_cached"] == pytest.approx(1.5, abs=0.005)
+    assert passes["piebridge"] / passes["pet"] / load_study("dtd_mobilenetv2").routing.cost - 1 == pytest.approx(
+        0.057, abs=0.0005
+    )
+    assert seconds["piebridge_cached"] == pytest.approx(3.8, abs=0.05)
+    assert 1 - passes["piebridge_cached"] / seconds["piebridge_cached"] == pytest.approx(0.5, abs=0.01)
+    moved = other["test_accuracy"] - here["test_accuracy"]
+    assert moved.drop(["full", "resolution"]).abs().max() == 100 / other.loc["pet", "test_images"] == 0.25
+    assert moved["full"] == -2.25
+
+
 def test_full_ends_above_pet():
     both = {study: rows.loc[["full", "pet"]] for study, rows in committed_plain_studies().items()
             if "full" in rows.index}
