@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import costs
-from .backbones import Backbone
-from .config import SubnetSpec
+from .backbones import Backbone, load_backbone
+from .config import Study, SubnetSpec
 from .cutting import Cut, MatchLatents, set_stem_stride, shared_tensors, tie
 from .records import write_atomically
 
@@ -137,6 +137,22 @@ def measure_latencies(family: Family, images: Tensor) -> Family:
     device = f"{processor_name()}, {torch.get_num_threads()} threads" if images.device.type == "cpu" else "cuda"
     manifest = family.manifest.model_copy(update={"subnets": facts, "latency_device": device})
     return Family(manifest, family.networks)
+
+
+def measured_here(study: Study, folder: Path) -> Manifest:
+    """The manifest of a family of the study's backbone, with latencies as this process measures them.
+
+    Args:
+        study: says which backbone, and how many threads.
+        folder: the family's; stays as it is.
+
+    Raises:
+        FamilyError, WeightsError: it cannot be loaded.
+    """
+    torch.set_num_threads(study.training.threads or torch.get_num_threads())
+    backbone = load_backbone(study.backbone)
+    family = load_family(folder, backbone, read_manifest(folder).cut)
+    return measure_latencies(family, backbone.example(PREFIX_BATCH)).manifest
 
 
 def make_family(backbone: Backbone, cut: str, prefix: nn.Module, cuts: Sequence[Cut], provenance: dict) -> Family:

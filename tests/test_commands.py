@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from tiny import ROOT, tiny_study
 
+from piebridge import __main__ as commands
 from piebridge.backbones import load_backbone
 from piebridge.cloud import family_folder
 from piebridge.config import load_study, study_folder
@@ -108,18 +110,57 @@ def test_predict_names_the_photo_that_is_none(trained, tmp_path):
     assert "text.png" in ended.stderr
 
 
-def test_measure_writes_new_latencies(tiny, weights, tmp_path):
+@pytest.fixture
+def unmeasured(tiny, tmp_path):
+    """A family's folder, its latencies not known."""
     folder = shutil.copytree(family_folder(tiny.study, tiny.backbone), tmp_path / "family")
     manifest = json.loads((folder / "manifest.json").read_text())
     for facts in manifest["subnets"]:
         facts["relative_latency"] = None
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_measure_writes_new_latencies(unmeasured, weights):
+    before = read_manifest(unmeasured)
     study = [str(ROOT / "tests" / "tiny.yaml"), "--set", f"backbone.weights={weights}"]
-    ended = command("measure", *study, "--family", str(folder))
+    ended = command("measure", *study, "--family", str(unmeasured), "--processes", "2")
     assert ended.returncode == 0, ended.stderr
-    measured = read_manifest(folder)
+    assert "2/2" in ended.stderr
+    measured = read_manifest(unmeasured)
     assert all(facts.relative_latency > 0 for facts in measured.subnets)
-    assert [facts.sha256 for facts in measured.subnets] == [facts["sha256"] for facts in manifest["subnets"]]
+    assert measured.subnets[0].relative_latency == 1
+    assert [facts.sha256 for facts in measured.subnets] == [facts.sha256 for facts in before.subnets]
+
+
+def test_measure_takes_the_median_of_its_processes(unmeasured, monkeypatch):
+    seen = iter([0.5, 0.9, 0.6])
+
+    class Fresh:
+        def __init__(self, count, context): ...
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error): ...
+
+        def submit(self, function, study, folder):
+            manifest, latency = read_manifest(folder), next(seen)
+            facts = [facts.model_copy(update={"relative_latency": latency}) for facts in manifest.subnets]
+            return SimpleNamespace(result=lambda: manifest.model_copy(update={"subnets": tuple(facts)}))
+
+    monkeypatch.setattr(commands, "ProcessPoolExecutor", Fresh)
+    commands.measure(SimpleNamespace(study="smoke", set="", family=unmeasured, processes=3))
+    assert {facts.relative_latency for facts in read_manifest(unmeasured).subnets} == {0.6}
+
+
+def test_measure_refuses_what_it_cannot_use(unmeasured, weights):
+    study = [str(ROOT / "tests" / "tiny.yaml"), "--set", f"backbone.weights={weights}"]
+    none = command("measure", *study, "--family", str(unmeasured), "--processes", "0")
+    assert none.returncode == 2 and "--processes: 0" in none.stderr
+    (unmeasured / "manifest.json").unlink()
+    nothing = command("measure", *study, "--family", str(unmeasured), "--processes", "1")
+    assert nothing.returncode == 2 and str(unmeasured) in nothing.stderr and "Traceback" not in nothing.stderr
 
 
 def test_help_lists_the_commands():
