@@ -198,7 +198,7 @@ def try_out(study: Study, backbone: Backbone, images: CloudImages, config: Cloud
 
 
 def _spread(images: Tensor, count: int) -> Tensor:
-    """So many images, or all if there are fewer, evenly spaced: a folder's images can be sorted by class."""
+    """At most so many images, at equal steps from the first on: a folder's images can be sorted by class."""
     return images[:: max(1, len(images) // count)][:count]
 
 

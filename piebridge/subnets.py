@@ -142,6 +142,8 @@ def measure_latencies(family: Family, images: Tensor) -> Family:
 def measured_here(study: Study, folder: Path) -> Manifest:
     """The manifest of a family of the study's backbone, with latencies as this process measures them.
 
+    It is not in the commands' module, since a fresh process cannot find what is in a package's `__main__`.
+
     Args:
         study: says which backbone, and how many threads.
         folder: the family's; stays as it is.
