@@ -53,7 +53,8 @@ class Update:
         if not self.muons:
             return
         current = torch.cuda.current_stream() if self.streams[0] is not None else None
-        torch._foreach_copy_(self.before, self.matrices)
+        with torch.no_grad():  # a graph of the weights, kept alive by the copies, could not be recorded (CUDA graphs)
+            torch._foreach_copy_(self.before, self.matrices)
         for muon, stream in zip(self.muons, self.streams):
             if stream is not None:
                 stream.wait_stream(current)

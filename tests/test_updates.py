@@ -85,3 +85,13 @@ def test_making_the_update_changes_no_weight_and_keeps_moments_of_all():
     assert sum(name.endswith("momentum_buffer") for name in tensors) == 3
     assert sum(name.endswith("exp_avg") for name in tensors) == len(weights) - 3
     assert all(not tensor.any() for tensor in tensors.values())
+
+
+def test_nothing_keeps_a_graph_of_the_weights():
+    weights = list(network().parameters())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    update = Update(weights, "muon")
+    update()
+    assert len(update.before) == 3  # two dense convolutions and the linear layer
+    assert not any(copied.requires_grad for copied in update.before)
