@@ -111,6 +111,10 @@ class SubnetSpec(Section):
         (), description="resolutions: only the blocks whose names begin so have their convolutions in common, for "
         "example [layer3, layer4], where most weights and little time are; default: all."
     )
+    latent_map: Annotated[int, Field(ge=0)] = Field(
+        0, description="Rank of a linear map that is added to pooled latents, the block `map`, aligned with the rest: "
+        "from their number of channels on one full matrix, 0 none."
+    )
     shared: tuple[str, ...] = Field(
         (), description="Blocks whose dense convolutions stay the original's, neither aligned nor stored; width 1 only."
     )

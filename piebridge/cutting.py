@@ -41,6 +41,27 @@ class MatchLatents(nn.Module):
         return torch.cat((leading, maps.flatten(2).transpose(1, 2)), dim=1)
 
 
+class LatentMap(nn.Module):
+    """Pooled latents plus a linear map of them: a few weights behind the last layer, for next to no time.
+
+    The map is zero at first, so that a subnet just cut out is what it would be without.
+
+    Args:
+        size: channels of the latents, shape (B, size).
+        rank: of the map; from `size` on it is one full matrix.
+    """
+
+    def __init__(self, size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(size, rank, bias=False) if rank < size else nn.Identity()
+        self.up = nn.Linear(min(rank, size), size)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return latents + self.up(self.down(latents))
+
+
 def removable_blocks(prefix: nn.Sequential) -> list[str]:
     """Blocks that a residual shortcut bridges without change of shape: the network still runs without them."""
     from timm.models.vision_transformer import Block
@@ -75,7 +96,8 @@ def cut_subnet(
         alignment may train of it requires a gradient.
 
     Raises:
-        ValueError: `spec` names a block that is not there or cannot be removed, or a stride for a transformer.
+        ValueError: `spec` names a block that is not there or cannot be removed, a stride for a transformer, or a
+            latent map for latents that are not pooled.
     """
     config = config or CloudConfig()
     with torch.no_grad():
@@ -100,6 +122,13 @@ def cut_subnet(
         _prune_channels(subnet, spec, images, config)
     if latents.dim() > 2:
         subnet.add_module("match", MatchLatents(latents.shape[1:]))
+    if spec.latent_map:
+        if latents.dim() > 2:
+            raise ValueError(
+                f"latent_map: latents of shape {tuple(latents.shape[1:])} are maps or tokens; only pooled ones, right "
+                "before the head, can have one"
+            )
+        subnet.add_module("map", LatentMap(latents.shape[1], spec.latent_map).to(latents.device))
     subnet.requires_grad_(True).eval()
     for name in shared_tensors(subnet, spec.shared):
         subnet.get_parameter(name).requires_grad_(False)
@@ -107,7 +136,9 @@ def cut_subnet(
 
 
 def shared_tensors(subnet: nn.Sequential, blocks: Sequence[str]) -> list[str]:
-    """Names of the dense convolutions' weights in these blocks; batch norms and depthwise convolutions are not in it.
+    """Names of the weights of dense convolutions and of a latent map in these blocks.
+
+    Batch norms, depthwise convolutions and biases are not in it.
 
     Raises:
         ValueError: the subnet has no such block.
@@ -119,7 +150,8 @@ def shared_tensors(subnet: nn.Sequential, blocks: Sequence[str]) -> list[str]:
     return [
         ".".join(part for part in (block, name, "weight") if part)
         for block in blocks for name, layer in children[block].named_modules()
-        if isinstance(layer, nn.Conv2d) and layer.groups == 1
+        if (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+        or (isinstance(layer, nn.Linear) and isinstance(children[block], LatentMap))
     ]
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from . import costs
 from .backbones import Backbone, load_backbone
 from .config import Study, SubnetSpec
-from .cutting import Cut, MatchLatents, set_stem_stride, shared_tensors, tie
+from .cutting import Cut, LatentMap, MatchLatents, set_stem_stride, shared_tensors, tie
 from .records import write_atomically
 
 LATENCY_ROUNDS = 9
@@ -289,6 +289,8 @@ def _rebuild(
         raise FamilyError(f"{file}: not a safetensors file ({error})") from error
     kept = [(name, block) for name, block in leader.named_children() if name not in facts.removed]
     subnet = copy.deepcopy(nn.Sequential(OrderedDict(kept)))
+    if "map.up.weight" in tensors and not hasattr(subnet, "map"):
+        subnet.add_module("map", LatentMap(*tensors["map.up.weight"].shape))
     subnet.input = subnet.input.at(facts.resolution)
     if facts.stem_stride is not None:
         set_stem_stride(subnet, facts.stem_stride)

@@ -154,6 +154,16 @@ def test_subnets_of_one_set_have_convolutions_in_common(tiny):
         assert same or not torch.equal(weight, follower.get_parameter(name))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_latent_maps_are_aligned_and_common(tiny, optimizer):
+    spec = SubnetSpec(width=0.5, resolutions=(32, 16), latent_map=4)
+    (leader, follower), _ = aligned(tiny, f"cloud.optimizer={optimizer}", specs=[spec])
+    for part in ("map.up.weight", "map.down.weight"):
+        assert leader.get_parameter(part) is follower.get_parameter(part)
+    assert leader.map.up.weight.abs().max() > 0
+    assert not torch.equal(leader.map.up.bias, follower.map.up.bias)
+
+
 def test_common_weights_get_the_sum_of_the_gradients(tiny):
     """A set of two equal members trains as its single member does: Adam sees the double gradient, scaled away."""
     (single,), _ = aligned(tiny, "cloud.steps=1 cloud.loss.frozen_statistics=1", specs=[SubnetSpec(width=0.5)])

@@ -321,6 +321,42 @@ def test_what_the_recipe_is_worth():
     assert slower[slower > 0].index.tolist() == [1]
 
 
+def test_what_latent_maps_and_smaller_kernels_are_worth():
+    table = pd.read_csv(ROOT / "book" / "records" / "cloud_map.csv")
+    shipped = [member["fidelity"] for member in manifest("resnet18")["subnets"]]
+    plain = table.query("latent_map_rank == 0 and layer1_in_common in ('no', 'all') and stem_kernel == '7'")
+    recipe = pd.read_csv(ROOT / "book" / "records" / "cloud_recipe.csv").query("trial == 'F'").set_index("subnet")
+    assert plain.set_index("subnet")["fidelity"].sort_index().tolist() == recipe["fidelity"].tolist()
+    plain = plain.set_index("subnet")["fidelity"]
+
+    def line(subnets, rank, layer1, kernel="7", steps=11400):
+        return table.query(
+            "set == @subnets and latent_map_rank == @rank and layer1_in_common == @layer1 and stem_kernel == @kernel "
+            "and steps == @steps and not channels.str.contains('layer2|layer3 0.75')"
+        ).set_index("subnet")["fidelity"]
+
+    cheap = [line("cheap", rank, "all") - plain[[7, 9]] for rank in (512, 64)]
+    assert cheap[0].round(3).tolist() == [0.016, 0.012] and cheap[1].round(3).tolist() == [0.009, 0.006]
+    middle = line("middle", 64, "no") - plain[[3, 4, 5, 6, 8]]
+    assert middle.between(0.0003, 0.00065).all()
+    dear = [line("dear", rank, "yes") for rank in (0, 512, 64)]
+    assert all((each - plain[[1, 2]]).abs().max() <= 0.0003 for each in dear)
+    assert dear[0].tolist() == plain[[1, 2]].tolist()
+    in_common = line("middle", 512, "yes") - line("middle", 64, "no")
+    assert in_common.between(-0.0017, 0).all() and in_common.median() == pytest.approx(-0.001, abs=0.0002)
+    five = line("dear", 0, "no", "5", 11000) - plain[[1, 2]]
+    assert five[2] == pytest.approx(-0.001, abs=1e-9)
+    coarse = (line("middle", 0, "no", "5", 11000) - plain)[[4, 6]]
+    assert coarse.between(-0.0034, -0.0016).all()
+    narrow = table[table["channels"].str.contains("layer2|layer3 0.75") & table["set"].eq("dear")].set_index("subnet")
+    behind = narrow["fidelity"] - plain[narrow.index]
+    assert len(behind) == 4 and behind.between(-0.0049, -0.0042).all()
+    best = pd.concat([line("dear", 64, "yes"), line("middle", 64, "no"), line("cheap", 64, "all")]).sort_index()
+    assert best.index.tolist() == list(range(1, 10)) and best[[2, 6]].tolist() == [0.9653, 0.9205]
+    assert best.index[best < shipped[1:]].tolist() == [8]
+    assert best[7] < best[8] < line("cheap", 512, "all")[7]
+
+
 def test_latencies_on_another_machine():
     table = pd.read_csv(ROOT / "book" / "records" / "cloud_machines.csv")
     shipped = manifest("resnet18")

@@ -180,6 +180,43 @@ def test_a_larger_stride_on_a_larger_input_costs_what_a_smaller_input_does(tmp_p
     torch.testing.assert_close(given, wanted, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("rank", [8, 10_000])
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_a_latent_map_starts_as_nothing_and_survives_saving(tmp_path, name, rank):
+    prefix, _ = random_backbone(name).cut("head")
+    images = random_images(3, seed=1)
+    channels = latents_of(prefix, images).shape[1]
+    plain, mapped = (
+        family_of(name, "head", [SubnetSpec(width=0.5, resolutions=(32, 16), latent_map=each)]) for each in (0, rank)
+    )
+    for before, after in zip(plain.networks, mapped.networks):
+        assert torch.equal(latents_of(before, images), latents_of(after, images))
+    leader, follower = mapped.networks[1:]
+    for network in (leader, follower):
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            network.map.up.weight.copy_(0.1 * torch.randn(network.map.up.weight.shape, generator=generator))
+            network.map.up.bias.fill_(0.5)
+    save_family(mapped, tmp_path / "family")
+    again = load_family(tmp_path / "family", random_backbone(name), "head").networks
+    for before, base, after in zip(mapped.networks[1:], plain.networks[1:], again[1:]):
+        assert after.map.up.weight.shape == (channels, min(rank, channels))
+        down = before.map.down.weight if rank < channels else torch.eye(channels)
+        latents = latents_of(base, images)
+        wanted = latents + latents @ (before.map.up.weight @ down).T + 0.5
+        torch.testing.assert_close(latents_of(before, images), wanted.detach(), rtol=1e-4, atol=1e-4)
+        assert (latents_of(after, images) - wanted).abs().max() <= 0.02 * wanted.abs().max()
+    assert again[1].map.up.weight is again[2].map.up.weight
+    assert again[1].map.up.bias is not again[2].map.up.bias
+
+
+def test_only_pooled_latents_can_be_mapped():
+    backbone = random_backbone("resnet18")
+    prefix, _ = backbone.cut(backbone.body[-2])
+    with pytest.raises(ValueError, match=r"latent_map: latents of shape \(\d+, \d+, \d+\) are maps or tokens"):
+        cut_subnet(prefix, SubnetSpec(width=0.5, latent_map=4), random_images(2))
+
+
 def test_strides_are_one_for_each_side():
     prefix, _ = random_backbone("resnet18").cut("head")
     cuts = cut_set(prefix, SubnetSpec(resolutions=(32, 32, 16), stem_strides=(2, 4, 2)), random_images(2))
