@@ -298,6 +298,33 @@ def test_what_the_book_says_of_another_machine():
     assert moved["full"] == -2.25
 
 
+def test_what_the_book_says_of_rivals_that_train_the_backbone():
+    runs = records.read_table(ROOT / "book" / "records" / "rivals.csv").set_index("method")
+    study = load_study("dtd_resnet18_rivals")
+    assert runs.index.tolist() == list(study.training.methods) and set(runs["seed"]) == {0}
+    assert runs["learning_rate"].to_dict() == study.training.learning_rate
+    assert not runs["commit"].str.endswith("+").any()
+    seconds, accuracy = runs["train_seconds"], runs["test_accuracy"]
+    operations = runs["train_gmacs"] / runs.loc["piebridge", "train_gmacs"]
+    passes = runs["prefix_seconds"]
+    assert runs.loc["pet", "epochs"] * passes["cached"] / passes["pet"] == pytest.approx(1.29, abs=0.005)
+    assert accuracy.idxmax() == "elastic"
+    assert (accuracy["elastic"] - accuracy[["pet", "piebridge"]]).tolist() == [2.75, 2.25]
+    assert operations[["elastic", "last_k", "pet", "full", "cached"]].tolist() == pytest.approx(
+        [4.3, 3.4, 2.9, 8.5, 0.24], abs=0.05
+    )
+    assert seconds["elastic"] / seconds["piebridge"] == pytest.approx(7, abs=0.2)
+    assert (accuracy[["last_k", "oracle"]] - accuracy["piebridge"]).tolist() == [1, 1]
+    assert runs.loc["prune", ["total_params", "train_gmacs"]].tolist() == pytest.approx(
+        runs.loc["full", ["total_params", "train_gmacs"]].tolist()
+    )
+    assert seconds["prune"] > seconds["full"] and accuracy["prune"] - accuracy["full"] == -1
+    tuning = pd.read_csv(ROOT / "book" / "records" / "rivals_tuning.csv")
+    for method, tried in tuning.groupby("method"):
+        assert len(tried) >= 3
+        assert tried.loc[tried["val_accuracy"].idxmax(), "learning_rate"] == study.training.learning_rate[method]
+
+
 def test_full_ends_above_pet():
     both = {study: rows.loc[["full", "pet"]] for study, rows in committed_plain_studies().items()
             if "full" in rows.index}
