@@ -108,8 +108,8 @@ class SubnetSpec(Section):
         "finer detail at the same cost. Default: the backbone's."
     )
     common: tuple[str, ...] = Field(
-        (), description="resolutions: only the blocks whose names begin so have their convolutions in common, for "
-        "example [layer3, layer4], where most weights and little time are; default: all."
+        (), description="resolutions: only the blocks whose names begin so have their convolutions, or their "
+        "latent map, in common, for example [layer3, layer4], where most weights and little time are; default: all."
     )
     latent_map: Annotated[int, Field(ge=0)] = Field(
         0, description="Rank of a linear map that is added to pooled latents, the block `map`, aligned with the rest: "
@@ -123,6 +123,8 @@ class SubnetSpec(Section):
     def _shareable(self) -> SubnetSpec:
         if self.shared and (self.width < 1 or self.widths):
             raise ValueError("shared blocks keep all their channels: give width 1, or leave shared out")
+        if "map" in self.shared:
+            raise ValueError("shared blocks stay the original's, which has no map: leave map out of shared")
         if self.resolutions and (self.shared or self.resolution is not None):
             raise ValueError("resolutions go neither with resolution nor with shared")
         if self.stem_strides and len(self.stem_strides) != (len(self.resolutions) or 1):

@@ -303,6 +303,12 @@ def test_what_the_book_says_of_rivals_that_train_the_backbone():
     study = load_study("dtd_resnet18_rivals")
     assert runs.index.tolist() == list(study.training.methods) and set(runs["seed"]) == {0}
     assert runs["learning_rate"].to_dict() == study.training.learning_rate
+    usual = load_study("dtd_resnet18")  # where both have a method, it is the same one
+    for key in ("cost", "subnet", "measured_difficulty", "correction"):
+        assert getattr(study.routing, key) == getattr(usual.routing, key)
+    both = set(study.training.methods) & set(usual.training.methods)
+    assert both == {"pet", "cached", "random", "piebridge", "full"}
+    assert all(study.training.learning_rate[name] == usual.training.learning_rate[name] for name in both)
     assert not runs["commit"].str.endswith("+").any()
     seconds, accuracy = runs["train_seconds"], runs["test_accuracy"]
     operations = runs["train_gmacs"] / runs.loc["piebridge", "train_gmacs"]

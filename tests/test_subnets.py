@@ -210,6 +210,11 @@ def test_a_latent_map_starts_as_nothing_and_survives_saving(tmp_path, name, rank
     assert again[1].map.up.bias is not again[2].map.up.bias
 
 
+def test_the_original_has_no_map_to_share():
+    with pytest.raises(ValueError, match="leave map out of shared"):
+        SubnetSpec(resolution=16, latent_map=4, shared=("map",))
+
+
 def test_only_pooled_latents_can_be_mapped():
     backbone = random_backbone("resnet18")
     prefix, _ = backbone.cut(backbone.body[-2])
