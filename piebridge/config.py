@@ -107,6 +107,10 @@ class SubnetSpec(Section):
         (), description="Strides of the first convolution, one for each side: a larger one on a larger input sees "
         "finer detail at the same cost. Default: the backbone's."
     )
+    stem_kernels: tuple[Annotated[int, Field(ge=1, le=15)], ...] = Field(
+        (), description="Sides of the first convolution's kernel, odd, one for each resolution: on a smaller image, or "
+        "at a larger stride, a smaller one takes less time; it is not in common. Default: the backbone's."
+    )
     common: tuple[str, ...] = Field(
         (), description="resolutions: only the blocks whose names begin so have their convolutions, or their "
         "latent map, in common, for example [layer3, layer4], where most weights and little time are; default: all."
@@ -127,10 +131,13 @@ class SubnetSpec(Section):
             raise ValueError("shared blocks stay the original's, which has no map: leave map out of shared")
         if self.resolutions and (self.shared or self.resolution is not None):
             raise ValueError("resolutions go neither with resolution nor with shared")
-        if self.stem_strides and len(self.stem_strides) != (len(self.resolutions) or 1):
-            raise ValueError(
-                f"stem_strides: {len(self.stem_strides)} given; give one for each of {len(self.resolutions) or 1} sides"
-            )
+        sides = len(self.resolutions) or 1
+        for key, given in {"stem_strides": self.stem_strides, "stem_kernels": self.stem_kernels}.items():
+            if given and len(given) != sides:
+                raise ValueError(f"{key}: {len(given)} given; give one for each of {sides} sides")
+        even = [side for side in self.stem_kernels if side % 2 == 0]
+        if even:
+            raise ValueError(f"stem_kernels: {even[0]} is even and has no centre; give odd sides")
         if self.common and not self.resolutions:
             raise ValueError("common says what several resolutions have in common: give resolutions, or leave it out")
         return self

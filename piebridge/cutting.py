@@ -183,16 +183,23 @@ def cut_set(
     """
     if not spec.resolutions:
         network, removed = cut_subnet(prefix, spec, images, config)
+        for side in spec.stem_kernels:
+            set_stem_kernel(network, side)
         return [Cut(spec, network, removed, prefix if spec.shared else None, spec.shared)]
-    strides = [(stride,) for stride in spec.stem_strides] or [()] * len(spec.resolutions)
+    stems = {key: [(value,) for value in getattr(spec, key)] or [()] * len(spec.resolutions)
+             for key in ("stem_strides", "stem_kernels")}
     specs = [
-        spec.model_copy(update={"resolution": side, "stem_strides": stride, "resolutions": (), "common": ()})
-        for side, stride in zip(spec.resolutions, strides)
+        spec.model_copy(update={"resolution": side, "stem_strides": stride, "stem_kernels": kernel, "resolutions": (),
+                                "common": ()})
+        for side, stride, kernel in zip(spec.resolutions, stems["stem_strides"], stems["stem_kernels"])
     ]
     leader, removed = cut_subnet(prefix, specs[0], images, config)
     cuts = [Cut(specs[0], leader, removed)]
     names = [name for name, _ in leader.named_children()]
     blocks = tuple(name for name in names if name.startswith(spec.common or ("",)))
+    if spec.stem_kernels:  # each member's first convolution is its own
+        first = _first_convolution(leader)
+        blocks = tuple(name for name in blocks if first not in set(leader.get_submodule(name).modules()))
     if not blocks:
         raise ValueError(f"common: no block's name begins with {' or '.join(spec.common)}; blocks: {', '.join(names)}")
     for other in specs[1:]:
@@ -200,6 +207,9 @@ def cut_set(
         _change_input(network, other)
         tie(network, leader, shared_tensors(network, blocks))
         cuts.append(Cut(other, network, removed, leader, blocks))
+    for cut in cuts:  # last, so that each is resampled from the backbone's own kernel
+        for side in cut.spec.stem_kernels:
+            set_stem_kernel(cut.network, side)
     return cuts
 
 
@@ -218,8 +228,30 @@ def set_stem_stride(subnet: nn.Sequential, stride: int) -> None:
     """
     if any(isinstance(block, TokenEmbedding) for block in subnet):
         raise ValueError("stem_strides: a transformer's patches keep their size; give a lower resolution instead")
-    first = next(layer for layer in subnet.modules() if isinstance(layer, nn.Conv2d))
-    first.stride = (stride, stride)
+    _first_convolution(subnet).stride = (stride, stride)
+
+
+def set_stem_kernel(subnet: nn.Sequential, side: int) -> None:
+    """Resample the first convolution's kernel to another side, in place.
+
+    Args:
+        subnet: its first convolution has a kernel of odd side, padded by half of it.
+        side: pixels, odd.
+
+    Raises:
+        ValueError: the network is a transformer, whose first convolution cuts patches.
+    """
+    if any(isinstance(block, TokenEmbedding) for block in subnet):
+        raise ValueError("stem_kernels: a transformer's patches keep their size; give a lower resolution instead")
+    first = _first_convolution(subnet)
+    gain = (first.kernel_size[0] / side) ** 2  # fewer samples, the same sum
+    kernel = functional.interpolate(first.weight.detach(), (side, side), mode="bilinear", antialias=True)
+    first.weight = nn.Parameter(gain * kernel)
+    first.kernel_size, first.padding = (side, side), (side // 2, side // 2)
+
+
+def _first_convolution(subnet: nn.Sequential) -> nn.Conv2d:
+    return next(layer for layer in subnet.modules() if isinstance(layer, nn.Conv2d))
 
 
 def tie(network: nn.Module, leader: nn.Module, names: Sequence[str]) -> None:

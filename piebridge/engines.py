@@ -7,6 +7,7 @@ import ctypes
 import functools
 import itertools
 import logging
+import math
 import operator
 import warnings
 from collections.abc import Callable
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.optimization import fuse
+from torch.nn import functional
 
 from .folding import fold_stem
 
 Runner = Callable[[Tensor], Tensor]
 
+FEW_PIXELS = 4  # of a map; with more of them the linear map's weights take longer to read than they save
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and numbers of glibc's malloc.h
 
 
@@ -107,8 +110,10 @@ class _PackedConvolution(nn.Module):
 
     PyTorch lays the weights out anew in every call, a cost that does not shrink with the image, and goes through the
     maps once more for each addition and ReLU. A convolution of single pixels is called as the linear map of channels
-    that it is: oneDNN takes less time to begin that, which counts where maps are small. The operators are those that
-    torch.compile uses for frozen networks on CPUs; they are not a public interface of PyTorch.
+    that it is: oneDNN takes less time to begin that, which counts where maps are small. A larger kernel on a map of few
+    pixels lies on the padding for the most part: it is called as a linear map of all pixels, which leaves the padding
+    out. The operators are those that torch.compile uses for frozen networks on CPUs; they are not a public interface of
+    PyTorch.
 
     Args:
         convolution: a frozen layer.
@@ -128,8 +133,13 @@ class _PackedConvolution(nn.Module):
             layer = self.convolution
             of_pixels = (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
             activates = self.activation[0] != "none"
-            # oneDNN's linear map either adds or activates
-            pack = _as_linear if of_pixels and not (added and activates) else _as_convolution
+            pixels = maps.shape[2] * maps.shape[3]
+            if pixels <= FEW_PIXELS and pixels < math.prod(layer.kernel_size) and layer.groups == 1:
+                pack = _as_linear_of_maps
+            elif of_pixels and not (added and activates):  # oneDNN's linear map either adds or activates
+                pack = _as_linear
+            else:
+                pack = _as_convolution
             self.call = pack(layer, *self.activation, maps.shape, bool(added))
         return self.call(maps, *added)
 
@@ -159,6 +169,32 @@ def _as_linear(
         return lambda maps: unary(maps.permute(last), packed, bias, activation, bounds, "").permute(first)
     binary = torch.ops.mkldnn._linear_pointwise.binary
     return lambda maps, added: binary(maps.permute(last), added.permute(last), packed, bias, "add").permute(first)
+
+
+def _as_linear_of_maps(
+    layer: nn.Conv2d, activation: str, bounds: list[float], shape: torch.Size, adds: bool
+) -> Callable[..., Tensor]:
+    """The convolution as a linear map from all pixels of its input to all of its output."""
+    inputs = shape[1:].numel()
+    with torch.no_grad():
+        units = torch.eye(inputs).view(inputs, *shape[2:], shape[1]).permute(0, 3, 1, 2)
+        outputs = functional.conv2d(units, layer.weight, None, layer.stride, layer.padding, layer.dilation)
+        weight = outputs.permute(0, 2, 3, 1).flatten(1).T.contiguous()
+    bias = None if layer.bias is None else layer.bias.detach().repeat(outputs.shape[2:].numel())
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, shape[0])
+    activate = {"none": lambda maps: maps, "relu": Tensor.relu_, "hardtanh": lambda maps: maps.clamp_(*bounds)}
+
+    def flat(maps: Tensor) -> Tensor:
+        return maps.permute(0, 2, 3, 1).reshape(len(maps), -1)
+
+    def unflat(vectors: Tensor) -> Tensor:
+        return vectors.view(len(vectors), *outputs.shape[2:], layer.out_channels).permute(0, 3, 1, 2)
+
+    if not adds:
+        unary = torch.ops.mkldnn._linear_pointwise.default
+        return lambda maps: unflat(unary(flat(maps), packed, bias, activation, bounds, ""))
+    binary, last = torch.ops.mkldnn._linear_pointwise.binary, activate[activation]
+    return lambda maps, added: unflat(last(binary(flat(maps), flat(added), packed, bias, "add")))
 
 
 def _pack_convolutions(block: GraphModule) -> None:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -170,6 +170,7 @@ def make_family(backbone: Backbone, cut: str, prefix: nn.Module, cuts: Sequence[
     example = backbone.example().to(next(prefix.buffers()).device)
     macs = {id(network): costs.macs(network, example) for network in (prefix, *(cut.network for cut in cuts))}
     cuts = sorted([Cut(SubnetSpec(), prefix, ()), *cuts], key=lambda cut: -macs[id(cut.network)])
+    cuts = _led_by_the_dearest(cuts)
     networks = [cut.network.requires_grad_(False) for cut in cuts]
     facts = tuple(
         SubnetFacts(
@@ -186,6 +187,20 @@ def make_family(backbone: Backbone, cut: str, prefix: nn.Module, cuts: Sequence[
         subnets=facts, provenance=provenance,
     )
     return Family(manifest, networks)
+
+
+def _led_by_the_dearest(cuts: Sequence[Cut]) -> list[Cut]:
+    """Sets whose first member is its leader: the others' files lack what is in common, and come after."""
+    sets: dict[int, list[Cut]] = {}
+    for cut in cuts:
+        sets.setdefault(id(cut.leader or cut.network), []).append(cut)
+    leads = {}
+    for first, *others in sets.values():
+        common = first.shared or next((other.shared for other in others), ())
+        leads[id(first.network)] = replace(first, leader=None, shared=())
+        for other in others:
+            leads[id(other.network)] = replace(other, leader=first.network, shared=other.shared or common)
+    return [leads[id(cut.network)] for cut in cuts]
 
 
 # ---------------------------------------------------------------------------------------------- saving and loading
@@ -327,6 +342,9 @@ def _match_attributes(module: nn.Module) -> None:
         module.out_channels = module.weight.shape[0]
         module.groups = module.out_channels if depthwise else module.groups
         module.in_channels = module.weight.shape[1] * module.groups
+        kernel = tuple(module.weight.shape[2:])
+        if kernel != module.kernel_size:
+            module.kernel_size, module.padding = kernel, tuple(side // 2 for side in kernel)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.BatchNorm2d):

@@ -68,8 +68,10 @@ class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name, additions", [("mobilenet_v2", 10), ("resnet18", 8)])
-def test_activations_and_additions_are_part_of_their_convolutions(name, additions):
+@pytest.mark.parametrize("name, additions, of_few_pixels, behind_them", [
+    ("mobilenet_v2", 10, 0, 0), ("resnet18", 8, 7, 4),
+])
+def test_activations_and_additions_are_part_of_their_convolutions(name, additions, of_few_pixels, behind_them):
     prefix, _ = random_backbone(name).cut("head")
     images = random_images(2)
     run = prepare(prefix, "eager", images)
@@ -78,12 +80,56 @@ def test_activations_and_additions_are_part_of_their_convolutions(name, addition
         run(images)
     convolutions = [module for module in prefix.modules() if isinstance(module, torch.nn.Conv2d)]
     of_pixels = [layer for layer in convolutions if layer.kernel_size == layer.stride == (1, 1)]
-    assert recorder.names.count("_linear_pointwise") == len(of_pixels)
-    assert recorder.names.count("_convolution_pointwise") == len(convolutions) - len(of_pixels)
-    assert not {"relu", "relu_", "hardtanh", "hardtanh_", "clamp", "add", "add_"} & set(recorder.names)
+    linear = len(of_pixels) + of_few_pixels
+    assert recorder.names.count("_linear_pointwise") == linear
+    assert recorder.names.count("_convolution_pointwise") == len(convolutions) - linear
+    assert recorder.names.count("relu_") == behind_them  # oneDNN's linear map either adds or activates
+    assert not {"relu", "hardtanh", "hardtanh_", "clamp", "clamp_", "add", "add_"} & set(recorder.names)
     with Recorder() as recorder:
         prefix(images)
     assert recorder.names.count("add") + recorder.names.count("add_") == additions
+
+
+class Residual(torch.nn.Module):
+    """A convolution, an addition and an activation."""
+
+    def __init__(self, kernel, stride, padding, dilation, activation):
+        super().__init__()
+        self.main = torch.nn.Conv2d(5, 6, kernel, stride, padding, dilation)
+        self.beside, self.norm = torch.nn.Conv2d(5, 6, kernel, stride, padding, dilation), torch.nn.BatchNorm2d(6)
+        self.activation = activation
+
+    def forward(self, maps):
+        return self.activation(self.norm(self.main(maps)) + self.beside(maps))
+
+
+@pytest.mark.parametrize("size", [(2, 2), (1, 1), (1, 3), (2, 1)])
+@pytest.mark.parametrize("form", [(3, 1, 1, 1), (3, 2, 1, 1), (5, 1, 2, 1), (3, 1, 2, 2), ((3, 5), (1, 2), (1, 2), 1)])
+@pytest.mark.parametrize("activation", [torch.nn.ReLU(), torch.nn.ReLU6(), torch.nn.Identity()])
+def test_convolutions_of_few_pixels_are_linear_maps(size, form, activation):
+    torch.manual_seed(0)
+    network, maps = torch.nn.Sequential(Residual(*form, activation)).eval(), 5 * torch.randn(7, 5, *size)
+    run = prepare(network, "eager", maps[:4])
+    with torch.no_grad():
+        wanted = network(maps)
+    for batch in (7, 1):
+        torch.testing.assert_close(torch.cat([run(part) for part in maps.split(batch)]), wanted)
+    with Recorder() as recorder:
+        run(maps)
+    assert recorder.names.count("_linear_pointwise") == 2 and "_convolution_pointwise" not in recorder.names
+
+
+def test_convolutions_of_more_pixels_or_of_groups_stay():
+    torch.manual_seed(0)
+    for layer, side in ((torch.nn.Conv2d(4, 4, 3, 1, 1), 3), (torch.nn.Conv2d(4, 4, 3, 1, 1, groups=2), 2)):
+        network = torch.nn.Sequential(torch.nn.Sequential(layer, torch.nn.BatchNorm2d(4), torch.nn.ReLU())).eval()
+        maps = torch.randn(2, 4, side, side)
+        run = prepare(network, "eager", maps)
+        with torch.no_grad():
+            torch.testing.assert_close(run(maps), network(maps))
+        with Recorder() as recorder:
+            run(maps)
+        assert recorder.names.count("_convolution_pointwise") == 1 and "_linear_pointwise" not in recorder.names
 
 
 class Sums(torch.nn.Module):

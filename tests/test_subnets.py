@@ -12,7 +12,7 @@ from tiny import BACKBONES, copied_state, random_backbone, random_images, same_t
 
 from piebridge import costs
 from piebridge.config import CloudConfig, SubnetSpec
-from piebridge.cutting import MatchLatents, cut_set, cut_subnet, removable_blocks, shared_tensors
+from piebridge.cutting import MatchLatents, cut_set, cut_subnet, removable_blocks, set_stem_kernel, shared_tensors
 from piebridge.subnets import (
     FamilyError,
     fidelity,
@@ -222,6 +222,27 @@ def test_only_pooled_latents_can_be_mapped():
         cut_subnet(prefix, SubnetSpec(width=0.5, latent_map=4), random_images(2))
 
 
+def test_a_set_is_led_by_its_dearest_member_whatever_comes_first(tmp_path):
+    family = family_of("resnet18", "head", [
+        SubnetSpec(width=0.5, resolutions=(16, 32, 24), common=("layer3", "layer4")),
+        SubnetSpec(resolution=16, shared=("layer4_0",)), SubnetSpec(resolution=24, shared=("layer3_1", "layer4_1")),
+    ])
+    facts = family.manifest.subnets
+    led = {(member.width, member.resolution): (member.shares_with, member.shared) for member in facts[1:]}
+    dearest = [(member.width, member.resolution) for member in facts].index((0.5, 32))
+    late = ("layer3_0", "layer3_1", "layer4_0", "layer4_1")
+    assert led == {
+        (0.5, 32): (None, ()), (0.5, 24): (dearest, late), (0.5, 16): (dearest, late),
+        (1.0, 16): (0, ("layer4_0",)), (1.0, 24): (0, ("layer3_1", "layer4_1")),
+    }
+    save_family(family, tmp_path / "family")
+    loaded = load_family(tmp_path / "family", random_backbone("resnet18"), "head")
+    images = random_images(3, seed=1)
+    for before, after in zip(family.networks, loaded.networks):
+        expected = latents_of(before, images)
+        assert (latents_of(after, images) - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
 def test_strides_are_one_for_each_side():
     prefix, _ = random_backbone("resnet18").cut("head")
     cuts = cut_set(prefix, SubnetSpec(resolutions=(32, 32, 16), stem_strides=(2, 4, 2)), random_images(2))
@@ -232,10 +253,55 @@ def test_strides_are_one_for_each_side():
             SubnetSpec(**wrong)
 
 
-def test_a_transformer_has_no_stem_to_stride():
+@pytest.mark.parametrize("name, side, common", [
+    ("resnet18", 7, ("layer4",)), ("resnet18", 7, ()), ("mobilenet_v2", 3, ("block18",)), ("mobilenet_v2", 3, ()),
+])
+def test_first_kernels_are_resampled_and_survive_saving(tmp_path, name, side, common):
+    family = family_of(name, "head", [
+        SubnetSpec(width=0.5, resolutions=(32, 32, 16), stem_kernels=(5, side, 1), common=common),
+        SubnetSpec(resolution=16, stem_kernels=(5,)),
+    ])
+    save_family(family, tmp_path / "family")
+    loaded = load_family(tmp_path / "family", random_backbone(name), "head")
+    first = [next(layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d))
+             for network in loaded.networks]
+    sides = {(member.width, member.resolution, layer.kernel_size[0], layer.padding[0])
+             for member, layer in zip(loaded.manifest.subnets[1:], first[1:])}
+    assert sides == {(0.5, 32, 5, 2), (0.5, 32, side, side // 2), (0.5, 16, 1, 0), (1.0, 16, 5, 2)}
+    assert first[0].kernel_size == (side, side)
+    images = random_images(3, seed=1)
+    for before, after in zip(family.networks, loaded.networks):
+        expected, given = latents_of(before, images), latents_of(after, images)
+        assert given.shape == expected.shape and (given - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("side", [3, 5, 7, 9])
+def test_a_resampled_kernel_sees_the_same(side):
+    layer = torch.nn.Conv2d(3, 2, 7, padding=3)
+    network, even = torch.nn.Sequential(layer), torch.rand(1, 3, 1, 1).expand(1, 3, 20, 20)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(2, 3, 1, 1).expand_as(layer.weight))
+        before, wanted = layer.weight.clone(), layer(even)[..., 10, 10]
+        set_stem_kernel(network, side)
+        assert layer.weight.shape == (2, 3, side, side) and layer(even).shape == (1, 2, 20, 20)
+        torch.testing.assert_close(layer(even)[..., 10, 10], wanted, rtol=1e-4, atol=1e-4)
+    assert side != 7 or torch.equal(layer.weight, before)
+
+
+def test_kernels_are_odd_and_one_for_each_side():
+    for wrong in ({"resolutions": (32, 16), "stem_kernels": (5,)}, {"resolution": 32, "stem_kernels": (5, 7)}):
+        with pytest.raises(ValueError, match=r"stem_kernels: \d given; give one for each of \d sides"):
+            SubnetSpec(**wrong)
+    with pytest.raises(ValueError, match="stem_kernels: 4 is even and has no centre; give odd sides"):
+        SubnetSpec(resolution=32, stem_kernels=(4,))
+
+
+def test_a_transformer_has_no_stem_to_stride_or_resample():
     prefix, _ = random_backbone("vit_tiny_patch16_224").cut("head")
     with pytest.raises(ValueError, match="stem_strides: a transformer's patches keep their size"):
         cut_subnet(prefix, SubnetSpec(stem_strides=(4,)), random_images(2))
+    with pytest.raises(ValueError, match="stem_kernels: a transformer's patches keep their size"):
+        cut_set(prefix, SubnetSpec(stem_kernels=(5,)), random_images(2))
 
 
 def test_sharing_with_a_later_subnet_is_refused(folder):
