@@ -57,8 +57,9 @@ class Input(nn.Module):
                 (pixels if on_cpu else pixels.float()).permute(0, 3, 1, 2), (self.resolution, self.resolution),
                 mode="bilinear", antialias=True,
             ).permute(0, 2, 3, 1).contiguous()
-        rows = torch.sub(pixels.flatten(2).float(), self.mean).mul_(self.scale)
-        return rows.view(pixels.shape).permute(0, 3, 1, 2)
+        rows = pixels.flatten(2)
+        rows = rows - self.mean if rows.is_floating_point() else rows.float().sub_(self.mean)
+        return rows.mul_(self.scale).view(pixels.shape).permute(0, 3, 1, 2)
 
 
 class Pool(nn.Module):
