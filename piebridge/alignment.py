@@ -3,7 +3,7 @@
 All members are trained together against one pass of the original. Source of the idea: pre-training-assisted latent
 space alignment (PieBridge, SenSys 2024, appendix A.1); losses, schedule and engineering are this project's.
 
-On a GPU a step of nine small networks is thousands of short kernels, and launching them one by one would take longer
+On a GPU a step of many small networks is thousands of short kernels, and launching them one by one would take longer
 than running them. So a step is recorded as a CUDA graph, after some plain ones, and replayed, each member in a stream
 of its own; where recording fails, kernels go on being launched one by one. So is the update of the weights. First
 convolutions and frozen batch norms are folded (see `folding`).
