@@ -274,9 +274,11 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
 
 
 def test_what_the_book_says_of_another_machine():
-    other = records.read_table(ROOT / "book" / "records" / "other_machine.csv").set_index("method")
+    every = records.read_table(ROOT / "book" / "records" / "other_machine.csv")
+    assert set(every["study"]) == {"dtd_mobilenetv2", "dtd_resnet18"} and every["device"].nunique() == 1
+    other = every[every["study"] == "dtd_mobilenetv2"].set_index("method")
     here = committed_plain_studies()["dtd_mobilenetv2"]
-    assert set(other["study"]) == {"dtd_mobilenetv2"} and set(other["device"]).isdisjoint(here["device"])
+    assert set(other["device"]).isdisjoint(here["device"])
     assert set(other.index) == set(here.index)
     for name in ("epochs", "batch_size", "learning_rate", "seed"):
         assert other[name].to_dict() == here[name].to_dict()
@@ -296,6 +298,23 @@ def test_what_the_book_says_of_another_machine():
     moved = other["test_accuracy"] - here["test_accuracy"]
     assert moved.drop(["full", "resolution"]).abs().max() == 100 / other.loc["pet", "test_images"] == 0.25
     assert moved["full"] == -2.25
+
+
+def test_what_the_book_says_of_the_shipped_family_on_another_machine():
+    other = records.read_table(ROOT / "book" / "records" / "other_machine.csv")
+    other = other[other["study"] == "dtd_resnet18"].set_index("method")
+    study = load_study("dtd_resnet18")
+    assert other.index.tolist() == list(study.training.methods)
+    assert other["learning_rate"].to_dict() == study.training.learning_rate | {"resolution": 0.003}
+    assert other["variant"]["piebridge"].startswith(f"subnet {study.routing.subnet}")
+    seconds, passes, accuracy = other["train_seconds"], other["prefix_seconds"], other["test_accuracy"]
+    assert seconds["pet"] / seconds["piebridge"] == pytest.approx(2.52, abs=0.005)
+    assert seconds["full"] / seconds["piebridge"] == pytest.approx(15, abs=0.05)
+    assert seconds["cached"] / seconds["piebridge_cached"] == pytest.approx(1.69, abs=0.005)
+    assert passes["piebridge"] / passes["pet"] / study.routing.cost - 1 == pytest.approx(-0.006, abs=0.0005)
+    assert 12 * passes["cached"] / passes["pet"] - 1 == pytest.approx(0.034, abs=0.0005)
+    assert accuracy["pet"] - accuracy["piebridge"] == 1.25 == 5 * 100 / other.loc["pet", "test_images"]
+    assert accuracy["cached"] - accuracy["piebridge_cached"] == 0.25
 
 
 def test_what_the_book_says_of_rivals_that_train_the_backbone():
