@@ -21,7 +21,7 @@ from . import costs, records
 from .alignment import align
 from .backbones import Backbone, load_backbone, take_apart
 from .config import CloudConfig, Study, SubnetSpec, build_folder, project_root
-from .cutting import cut_set
+from .cutting import Cut, cut_followers, cut_set
 from .data import CloudImages, load_cloud
 from .embedded import SmallResNet
 from .pet import cut_of
@@ -151,7 +151,8 @@ def generate_family(
         device = PartialState().device  # under torchrun each process has its own
     original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
     sample = _spread(images.train, 64).to(device)
-    cuts = [cut for spec in config.subnets for cut in cut_set(original, spec, sample, config)]
+    sets = [cut_set(original, spec, sample, config) for spec in config.subnets]
+    cuts = [cut for members in sets for cut in members]
     networks = [cut.network for cut in cuts]
     history = align(networks, original, tail, images.train, backbone.resolution, config, study.seed, checkpoint)
     provenance = {
@@ -161,6 +162,16 @@ def generate_family(
         "devices": PartialState().num_processes,
         **_throughput(history, [original, *networks], sample[:1], device),
     }
+    followers = [cut for (first, *_), spec in zip(sets, config.subnets) for cut in cut_followers(first, spec)]
+    if followers:
+        late = align_followers(followers, original, tail, images.train, study, checkpoint)
+        history = pd.concat([history, late.assign(
+            step=late["step"] + config.steps, seconds=late["seconds"] + history["seconds"].max(),
+            member=late["member"] + len(cuts),
+        )], ignore_index=True)
+        provenance |= {"follower_steps": config.follower_steps,
+                       "alignment_seconds": round(float(history["seconds"].max()), 1)}
+    cuts += followers
     family = make_family(backbone, cut_of(backbone, study.pet), original, cuts, provenance)
     family = with_fidelity(family, images.held_out.to(device))
     for network in family.networks:
@@ -170,8 +181,27 @@ def generate_family(
     return family, history
 
 
+def align_followers(
+    followers: Sequence[Cut], original: nn.Module, tail: nn.Module, images: Tensor, study: Study,
+    checkpoint: Optional[Path] = None,
+) -> pd.DataFrame:
+    """Align followers in place, with the study's recipe in its `follower_steps`; arguments and history as `align`'s."""
+    config = study.cloud.model_copy(update={"steps": study.cloud.follower_steps})
+    return align(
+        [cut.network for cut in followers], original, tail, images, study.backbone.resolution, config, study.seed + 1,
+        checkpoint and followers_checkpoint(checkpoint),
+    )
+
+
+def followers_checkpoint(checkpoint: Path) -> Path:
+    """Where the followers' alignment keeps its state, beside the others'."""
+    return checkpoint.with_name(f"{checkpoint.name}.followers")
+
+
 def try_out(study: Study, backbone: Backbone, images: CloudImages, config: CloudConfig) -> pd.DataFrame:
     """Cut subnets and align them for a while, keeping nothing: what a change of the cloud side's parameters brings.
+
+    Followers are left out.
 
     Args:
         study, backbone, images: as for `generate_family`.

@@ -195,13 +195,7 @@ def cut_set(
     ]
     leader, removed = cut_subnet(prefix, specs[0], images, config)
     cuts = [Cut(specs[0], leader, removed)]
-    names = [name for name, _ in leader.named_children()]
-    blocks = tuple(name for name in names if name.startswith(spec.common or ("",)))
-    if spec.stem_kernels:  # each member's first convolution is its own
-        first = _first_convolution(leader)
-        blocks = tuple(name for name in blocks if first not in set(leader.get_submodule(name).modules()))
-    if not blocks:
-        raise ValueError(f"common: no block's name begins with {' or '.join(spec.common)}; blocks: {', '.join(names)}")
+    blocks = _common_blocks(leader, spec)
     for other in specs[1:]:
         network = copy.deepcopy(leader)
         _change_input(network, other)
@@ -211,6 +205,39 @@ def cut_set(
         for side in cut.spec.stem_kernels:
             set_stem_kernel(cut.network, side)
     return cuts
+
+
+def cut_followers(first: Cut, spec: SubnetSpec) -> list[Cut]:
+    """Copies of a set's first subnet, aligned already, for the sides and stem strides `spec.followers`.
+
+    What is in common stays the first one's and requires no gradient, so aligning them leaves the others as they are.
+
+    Raises:
+        ValueError: `common` fits no block, or a stride is given for a transformer.
+    """
+    blocks, followers = _common_blocks(first.network, spec), []
+    for side, stride in spec.followers:
+        own = first.spec.model_copy(update={"resolution": side, "stem_strides": (stride,)})
+        network = copy.deepcopy(first.network).requires_grad_(True)
+        _change_input(network, own)
+        common = shared_tensors(network, blocks)
+        tie(network, first.network, common)
+        for name in common:
+            network.get_parameter(name).requires_grad_(False)
+        followers.append(Cut(own, network, first.removed, first.network, blocks))
+    return followers
+
+
+def _common_blocks(leader: nn.Sequential, spec: SubnetSpec) -> tuple[str, ...]:
+    """Names of the blocks that a set has in common; where kernels are given, each member has its own stem."""
+    names = [name for name, _ in leader.named_children()]
+    blocks = tuple(name for name in names if name.startswith(spec.common or ("",)))
+    if spec.stem_kernels:
+        stem = _first_convolution(leader)
+        blocks = tuple(name for name in blocks if stem not in set(leader.get_submodule(name).modules()))
+    if not blocks:
+        raise ValueError(f"common: no block's name begins with {' or '.join(spec.common)}; blocks: {', '.join(names)}")
+    return blocks
 
 
 def _change_input(subnet: nn.Sequential, spec: SubnetSpec) -> None:

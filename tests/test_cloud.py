@@ -10,8 +10,9 @@ from tiny import copied_state, random_backbone, same_tensors, tiny_study
 from piebridge import cloud
 from piebridge.cloud import family_folder, free_family, learn_router, obtain_backbone, obtain_family, obtain_router
 from piebridge.config import SubnetSpec
+from piebridge.cutting import shared_tensors
 from piebridge.data import load_cloud
-from piebridge.subnets import FamilyError, fidelity, latents_of
+from piebridge.subnets import FamilyError, fidelity, latents_of, load_family, save_family
 
 
 def forbidden(*arguments):
@@ -149,3 +150,67 @@ def test_trying_out_measures_and_keeps_nothing(tiny):
     assert list(aligned["cut"]) == list(table["cut"])
     assert list(aligned["aligned"]) != list(table["aligned"])
     assert same_tensors(before, copied_state(tiny.setting.family.networks[0]))
+
+
+@pytest.fixture(scope="module")
+def followed(tiny, tmp_path_factory):
+    """Families of the same study without and with followers, and the history of the second."""
+    checkpoint = tmp_path_factory.mktemp("state") / "state.safetensors"
+    made = []
+    for followers in ((), ((32, 1), (20, 2))):
+        set_of_two = SubnetSpec(width=0.5, resolutions=(24, 16), common=("layer2", "layer3"), followers=followers)
+        subnets = (set_of_two, SubnetSpec(width=0.75))
+        study = tiny_study("cloud.steps=4 cloud.follower_steps=4")
+        study = study.model_copy(update={"cloud": study.cloud.model_copy(update={"subnets": subnets})})
+        made.append(cloud.generate_family(study, tiny.backbone, load_cloud(study), checkpoint if made else None))
+    (without, _), (family, history) = made
+    return study, without, family, history, checkpoint
+
+
+def test_followers_leave_the_others_as_they_are(followed):
+    _, without, family, history, _ = followed
+    places = {(facts.width, facts.resolution): index for index, facts in enumerate(family.manifest.subnets)}
+    assert set(places) == {(1, 32), (0.5, 32), (0.5, 24), (0.5, 20), (0.5, 16), (0.75, 32)}
+    for facts, network in zip(without.manifest.subnets, without.networks):
+        same = family.networks[places[facts.width, facts.resolution]]
+        assert same_tensors(copied_state(network), copied_state(same))
+    first = family.networks[places[0.5, 24]]
+    for side in (32, 20):
+        follower = family.networks[places[0.5, side]]
+        common = set(shared_tensors(follower, family.manifest.subnets[places[0.5, 16]].shared))
+        own = {name for name, weight in follower.named_parameters()
+               if not torch.equal(weight, first.get_parameter(name))}
+        assert common and not own & common and "stem" in {name.partition(".")[0] for name in own}
+    assert history["step"].max() == 7 and set(history["member"]) == {1, 2, 3, 4, 5}
+    late = history[history["member"] > 3]
+    assert late["step"].min() == 4 and late["seconds"].min() > history[history["member"] <= 3]["seconds"].max()
+    assert family.manifest.provenance["follower_steps"] == 4
+    assert family.manifest.provenance["alignment_seconds"] == pytest.approx(history["seconds"].max(), abs=0.1)
+
+
+def test_a_family_with_followers_survives_saving(tiny, followed, tmp_path):
+    _, _, family, _, _ = followed
+    save_family(family, tmp_path / "family")
+    loaded = load_family(tmp_path / "family", tiny.backbone, family.manifest.cut)
+    images = tiny.backbone.example(3)
+    for before, after in zip(family.networks, loaded.networks):
+        expected = latents_of(before, images)
+        assert (latents_of(after, images) - expected).abs().max() <= 0.02 * expected.abs().max()
+    led = [facts for facts in family.manifest.subnets if facts.shares_with is not None]
+    assert {facts.resolution for facts in led} == {24, 20, 16} and len({facts.shares_with for facts in led}) == 1
+
+
+def test_followers_go_on_from_their_own_checkpoint(tiny, followed):
+    study, _, family, _, checkpoint = followed
+    assert checkpoint.is_file() and cloud.followers_checkpoint(checkpoint).is_file()
+    again, history = cloud.generate_family(study, tiny.backbone, load_cloud(study), checkpoint)  # nothing is left to do
+    assert len(history) and all(
+        same_tensors(copied_state(one), copied_state(other)) for one, other in zip(family.networks, again.networks)
+    )
+
+
+def test_followers_and_shared_blocks_exclude_each_other():
+    with pytest.raises(ValueError, match="they do not go with shared"):
+        SubnetSpec(resolution=16, shared=("layer3_1",), followers=((24, 2),))
+    with pytest.raises(ValueError, match="give resolutions or followers, or leave it out"):
+        SubnetSpec(resolution=16, common=("layer3",))

@@ -155,7 +155,7 @@ def test_common_blocks_must_exist_and_need_resolutions():
     prefix, _ = random_backbone("resnet18").cut("head")
     with pytest.raises(ValueError, match=r"common: no block's name begins with layer9; blocks: .*layer1_0"):
         cut_set(prefix, SubnetSpec(resolutions=(32, 16), common=("layer9",)), random_images(2))
-    with pytest.raises(ValueError, match="give resolutions, or leave it out"):
+    with pytest.raises(ValueError, match="give resolutions or followers, or leave it out"):
         SubnetSpec(common=("layer4",))
 
 
