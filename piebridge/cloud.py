@@ -152,6 +152,8 @@ def generate_family(
     original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
     sample = _spread(images.train, 64).to(device)
     sets = [cut_set(original, spec, sample, config) for spec in config.subnets]
+    if checkpoint and not checkpoint.is_file():  # what followers learned belongs to the others of its time
+        followers_checkpoint(checkpoint).unlink(missing_ok=True)
     cuts = [cut for members in sets for cut in members]
     networks = [cut.network for cut in cuts]
     history = align(networks, original, tail, images.train, backbone.resolution, config, study.seed, checkpoint)
@@ -165,12 +167,11 @@ def generate_family(
     followers = [cut for (first, *_), spec in zip(sets, config.subnets) for cut in cut_followers(first, spec)]
     if followers:
         late = align_followers(followers, original, tail, images.train, study, checkpoint)
+        before, spent = (float(table["seconds"].max()) if len(table) else 0.0 for table in (history, late))
         history = pd.concat([history, late.assign(
-            step=late["step"] + config.steps, seconds=late["seconds"] + history["seconds"].max(),
-            member=late["member"] + len(cuts),
+            step=late["step"] + config.steps, seconds=late["seconds"] + before, member=late["member"] + len(cuts),
         )], ignore_index=True)
-        provenance |= {"follower_steps": config.follower_steps,
-                       "alignment_seconds": round(float(history["seconds"].max()), 1)}
+        provenance |= {"follower_steps": config.follower_steps, "alignment_seconds": round(before + spent, 1)}
     cuts += followers
     family = make_family(backbone, cut_of(backbone, study.pet), original, cuts, provenance)
     family = with_fidelity(family, images.held_out.to(device))

@@ -135,6 +135,8 @@ class SubnetSpec(Section):
             raise ValueError("shared blocks stay the original's, which has no map: leave map out of shared")
         if self.resolutions and (self.shared or self.resolution is not None):
             raise ValueError("resolutions go neither with resolution nor with shared")
+        if self.stem_kernels and self.shared:
+            raise ValueError("shared blocks stay the original's, and so do kernels: leave stem_kernels or shared out")
         if self.followers and self.shared:
             raise ValueError("followers take what is common from the first subnet: they do not go with shared")
         sides = len(self.resolutions) or 1

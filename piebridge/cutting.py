@@ -177,14 +177,17 @@ class Cut:
 def cut_set(
     prefix: nn.Sequential, spec: SubnetSpec, images: Tensor, config: Optional[CloudConfig] = None
 ) -> list[Cut]:
-    """The subnets that a specification asks for: one, or one a resolution, led by the first.
+    """The subnets that a specification asks for, without followers: one, or one a resolution, led by the first.
 
-    Args, Raises: as `cut_subnet`; also a ValueError if `common` fits no block.
+    Args, Raises: as `cut_subnet`; also a ValueError if `common` fits no block or followers are asked of a transformer.
     """
+    if spec.followers and any(isinstance(block, TokenEmbedding) for block in prefix):
+        raise ValueError("followers: a transformer's patches keep their size; give resolutions instead")
     if not spec.resolutions:
         network, removed = cut_subnet(prefix, spec, images, config)
         for side in spec.stem_kernels:
             set_stem_kernel(network, side)
+        _common_blocks(network, spec)  # for followers: what is wrong shows before anything is aligned
         return [Cut(spec, network, removed, prefix if spec.shared else None, spec.shared)]
     stems = {key: [(value,) for value in getattr(spec, key)] or [()] * len(spec.resolutions)
              for key in ("stem_strides", "stem_kernels")}
@@ -211,9 +214,6 @@ def cut_followers(first: Cut, spec: SubnetSpec) -> list[Cut]:
     """Copies of a set's first subnet, aligned already, for the sides and stem strides `spec.followers`.
 
     What is in common stays the first one's and requires no gradient, so aligning them leaves the others as they are.
-
-    Raises:
-        ValueError: `common` fits no block, or a stride is given for a transformer.
     """
     blocks, followers = _common_blocks(first.network, spec), []
     for side, stride in spec.followers:
@@ -233,10 +233,13 @@ def _common_blocks(leader: nn.Sequential, spec: SubnetSpec) -> tuple[str, ...]:
     names = [name for name, _ in leader.named_children()]
     blocks = tuple(name for name in names if name.startswith(spec.common or ("",)))
     if spec.stem_kernels:
-        stem = _first_convolution(leader)
+        stem = first_convolution(leader)
         blocks = tuple(name for name in blocks if stem not in set(leader.get_submodule(name).modules()))
     if not blocks:
-        raise ValueError(f"common: no block's name begins with {' or '.join(spec.common)}; blocks: {', '.join(names)}")
+        own = "; with stem_kernels each member has a stem of its own" if spec.stem_kernels else ""
+        raise ValueError(
+            f"common: no block's name begins with {' or '.join(spec.common)}; blocks: {', '.join(names)}{own}"
+        )
     return blocks
 
 
@@ -255,7 +258,7 @@ def set_stem_stride(subnet: nn.Sequential, stride: int) -> None:
     """
     if any(isinstance(block, TokenEmbedding) for block in subnet):
         raise ValueError("stem_strides: a transformer's patches keep their size; give a lower resolution instead")
-    _first_convolution(subnet).stride = (stride, stride)
+    first_convolution(subnet).stride = (stride, stride)
 
 
 def set_stem_kernel(subnet: nn.Sequential, side: int) -> None:
@@ -270,14 +273,15 @@ def set_stem_kernel(subnet: nn.Sequential, side: int) -> None:
     """
     if any(isinstance(block, TokenEmbedding) for block in subnet):
         raise ValueError("stem_kernels: a transformer's patches keep their size; give a lower resolution instead")
-    first = _first_convolution(subnet)
+    first = first_convolution(subnet)
     gain = (first.kernel_size[0] / side) ** 2  # fewer samples, the same sum
     kernel = functional.interpolate(first.weight.detach(), (side, side), mode="bilinear", antialias=True)
     first.weight = nn.Parameter(gain * kernel)
     first.kernel_size, first.padding = (side, side), (side // 2, side // 2)
 
 
-def _first_convolution(subnet: nn.Sequential) -> nn.Conv2d:
+def first_convolution(subnet: nn.Sequential) -> nn.Conv2d:
+    """The layer that sees the pixels."""
     return next(layer for layer in subnet.modules() if isinstance(layer, nn.Conv2d))
 
 

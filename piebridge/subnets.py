@@ -23,7 +23,7 @@ from torch.nn import functional
 from . import costs
 from .backbones import Backbone, load_backbone
 from .config import Study, SubnetSpec
-from .cutting import Cut, LatentMap, MatchLatents, set_stem_stride, shared_tensors, tie
+from .cutting import Cut, LatentMap, MatchLatents, first_convolution, set_stem_stride, shared_tensors, tie
 from .records import write_atomically
 
 LATENCY_ROUNDS = 9
@@ -169,8 +169,8 @@ def make_family(backbone: Backbone, cut: str, prefix: nn.Module, cuts: Sequence[
     """
     example = backbone.example().to(next(prefix.buffers()).device)
     macs = {id(network): costs.macs(network, example) for network in (prefix, *(cut.network for cut in cuts))}
-    cuts = sorted([Cut(SubnetSpec(), prefix, ()), *cuts], key=lambda cut: -macs[id(cut.network)])
-    cuts = _led_by_the_dearest(cuts)
+    original = Cut(SubnetSpec(), prefix, ())  # first even if a subnet of a larger image is dearer
+    cuts = _led_by_the_dearest([original, *sorted(cuts, key=lambda cut: -macs[id(cut.network)])])
     networks = [cut.network.requires_grad_(False) for cut in cuts]
     facts = tuple(
         SubnetFacts(
@@ -309,6 +309,8 @@ def _rebuild(
     subnet.input = subnet.input.at(facts.resolution)
     if facts.stem_stride is not None:
         set_stem_stride(subnet, facts.stem_stride)
+    else:  # not that of the subnet it shares with
+        first_convolution(subnet).stride = first_convolution(prefix).stride
     shared = shared_tensors(subnet, facts.shared)
     tie(subnet, leader, shared)
     for name, module in subnet.named_modules():

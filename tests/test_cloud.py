@@ -10,7 +10,7 @@ from tiny import copied_state, random_backbone, same_tensors, tiny_study
 from piebridge import cloud
 from piebridge.cloud import family_folder, free_family, learn_router, obtain_backbone, obtain_family, obtain_router
 from piebridge.config import SubnetSpec
-from piebridge.cutting import shared_tensors
+from piebridge.cutting import cut_set, shared_tensors
 from piebridge.data import load_cloud
 from piebridge.subnets import FamilyError, fidelity, latents_of, load_family, save_family
 
@@ -152,6 +152,11 @@ def test_trying_out_measures_and_keeps_nothing(tiny):
     assert same_tensors(before, copied_state(tiny.setting.family.networks[0]))
 
 
+def with_subnets(overrides, *subnets):
+    study = tiny_study(overrides)
+    return study.model_copy(update={"cloud": study.cloud.model_copy(update={"subnets": subnets})})
+
+
 @pytest.fixture(scope="module")
 def followed(tiny, tmp_path_factory):
     """Families of the same study without and with followers, and the history of the second."""
@@ -159,9 +164,7 @@ def followed(tiny, tmp_path_factory):
     made = []
     for followers in ((), ((32, 1), (20, 2))):
         set_of_two = SubnetSpec(width=0.5, resolutions=(24, 16), common=("layer2", "layer3"), followers=followers)
-        subnets = (set_of_two, SubnetSpec(width=0.75))
-        study = tiny_study("cloud.steps=4 cloud.follower_steps=4")
-        study = study.model_copy(update={"cloud": study.cloud.model_copy(update={"subnets": subnets})})
+        study = with_subnets("cloud.steps=4 cloud.follower_steps=4", set_of_two, SubnetSpec(width=0.75))
         made.append(cloud.generate_family(study, tiny.backbone, load_cloud(study), checkpoint if made else None))
     (without, _), (family, history) = made
     return study, without, family, history, checkpoint
@@ -200,13 +203,41 @@ def test_a_family_with_followers_survives_saving(tiny, followed, tmp_path):
     assert {facts.resolution for facts in led} == {24, 20, 16} and len({facts.shares_with for facts in led}) == 1
 
 
-def test_followers_go_on_from_their_own_checkpoint(tiny, followed):
+def test_followers_go_on_from_their_own_checkpoint(tiny, followed, monkeypatch):
     study, _, family, _, checkpoint = followed
+    monkeypatch.setattr("piebridge.alignment._Step.__call__", forbidden)
     assert checkpoint.is_file() and cloud.followers_checkpoint(checkpoint).is_file()
     again, history = cloud.generate_family(study, tiny.backbone, load_cloud(study), checkpoint)  # nothing is left to do
     assert len(history) and all(
         same_tensors(copied_state(one), copied_state(other)) for one, other in zip(family.networks, again.networks)
     )
+
+
+def test_wrong_followers_are_refused_before_anything_is_aligned(tiny, monkeypatch):
+    monkeypatch.setattr(cloud, "align", forbidden)
+    study = with_subnets("", SubnetSpec(width=0.5, common=("layer9",), followers=((24, 1),)))
+    with pytest.raises(ValueError, match="common: no block's name begins with layer9"):
+        cloud.generate_family(study, tiny.backbone, load_cloud(study))
+    prefix, _ = random_backbone("vit_tiny_patch16_224").cut("head")
+    with pytest.raises(ValueError, match="followers: a transformer's patches keep their size"):
+        cut_set(prefix, SubnetSpec(followers=((16, 1),)), random_backbone("vit_tiny_patch16_224").example(2))
+
+
+def test_followers_without_steps_are_copies(tiny):
+    study = with_subnets("cloud.steps=0 cloud.follower_steps=0", SubnetSpec(width=0.5, followers=((24, 1),)))
+    family, history = cloud.generate_family(study, tiny.backbone, load_cloud(study))
+    assert not len(history) and family.manifest.provenance["alignment_seconds"] == 0
+    dear, cheap = (dict(network.named_parameters()) for network in family.networks[1:])
+    assert [facts.resolution for facts in family.manifest.subnets[1:]] == [32, 24] and same_tensors(dear, cheap)
+
+
+def test_followers_of_other_members_are_not_gone_on_from(tiny, followed, tmp_path):
+    study, _, _, _, checkpoint = followed
+    stale = cloud.followers_checkpoint(tmp_path / "state.safetensors")
+    shutil.copy(cloud.followers_checkpoint(checkpoint), stale)
+    other = study.model_copy(update={"seed": 5})
+    cloud.generate_family(other, tiny.backbone, load_cloud(other), tmp_path / "state.safetensors")
+    assert stale.read_bytes() != cloud.followers_checkpoint(checkpoint).read_bytes()
 
 
 def test_followers_and_shared_blocks_exclude_each_other():

@@ -117,6 +117,9 @@ def test_what_families_are_worth():
     coarse = rows.query("backbone == 'resnet18' and subnet in (6, 8)")
     further = (coarse["fidelity_cloud"] - coarse["fidelity"]).set_axis(zip(coarse["subnet"], coarse["dataset"]))
     assert further[further >= 0.02].index.tolist() == [(8, "dogs_vs_cats")]
+    thin = rows.query("backbone == 'resnet18' and subnet == 9").set_index("dataset")
+    further = (thin["fidelity_cloud"] - thin["fidelity"])[["dtd", "dogs_vs_cats"]]
+    assert further.tolist() == pytest.approx([0.03, 0.03], abs=0.003)
     latency, mean = facts.loc["mobilenet_v2", "relative_latency"], mobile.mean(axis=1)
     assert latency[4] < 1 / 3 and mean[4] == pytest.approx(1.3, abs=0.05)
     assert latency[6] < 0.23 and mean[6] == pytest.approx(2.1, abs=0.05)

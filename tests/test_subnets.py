@@ -12,7 +12,15 @@ from tiny import BACKBONES, copied_state, random_backbone, random_images, same_t
 
 from piebridge import costs
 from piebridge.config import CloudConfig, SubnetSpec
-from piebridge.cutting import MatchLatents, cut_set, cut_subnet, removable_blocks, set_stem_kernel, shared_tensors
+from piebridge.cutting import (
+    MatchLatents,
+    cut_followers,
+    cut_set,
+    cut_subnet,
+    removable_blocks,
+    set_stem_kernel,
+    shared_tensors,
+)
 from piebridge.subnets import (
     FamilyError,
     fidelity,
@@ -288,7 +296,29 @@ def test_a_resampled_kernel_sees_the_same(side):
     assert side != 7 or torch.equal(layer.weight, before)
 
 
+def test_a_dearer_follower_leads_and_the_first_keeps_the_backbones_stride(tmp_path):
+    backbone = random_backbone("resnet18")
+    prefix, cut = backbone.cut("head")[0], "head"
+    spec = SubnetSpec(width=0.5, resolution=16, common=("layer4",), followers=((32, 3), (64, 2)))
+    [first] = cut_set(prefix, spec, random_images(2))
+    cuts = [first, *cut_followers(first, spec)]
+    family = make_family(backbone, cut, prefix, cuts, {})
+    assert family.networks[0] is prefix and family.manifest.subnets[0].file is None
+    dear = make_family(backbone, cut, prefix, cut_set(prefix, SubnetSpec(resolution=64), random_images(2)), {})
+    assert dear.networks[0] is prefix and dear.relative_macs[1] > 1  # dearer than the original, which stays the first
+    save_family(family, tmp_path / "family")
+    loaded = load_family(tmp_path / "family", backbone, cut)
+    images = random_images(3, seed=1)
+    for before, after in zip(family.networks, loaded.networks):
+        expected = latents_of(before, images)
+        assert (latents_of(after, images) - expected).abs().max() <= 0.02 * expected.abs().max()
+        assert before.stem[0].stride == after.stem[0].stride
+    assert {facts.resolution for facts in family.manifest.subnets if facts.shares_with} == {16, 32}
+
+
 def test_kernels_are_odd_and_one_for_each_side():
+    with pytest.raises(ValueError, match="leave stem_kernels or shared out"):
+        SubnetSpec(resolution=16, stem_kernels=(5,), shared=("stem",))
     for wrong in ({"resolutions": (32, 16), "stem_kernels": (5,)}, {"resolution": 32, "stem_kernels": (5, 7)}):
         with pytest.raises(ValueError, match=r"stem_kernels: \d given; give one for each of \d sides"):
             SubnetSpec(**wrong)
