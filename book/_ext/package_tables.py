@@ -80,6 +80,8 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
         return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
+    if "prefixItems" in field:  # as many values as there are
+        return f"({'; '.join(_type(part, definitions) for part in field['prefixItems'])})"
     if field.get("type") == "array":
         return f"list: {_type(field['items'], definitions)}"
     if field.get("type") == "object":
