@@ -181,24 +181,18 @@ def cut_set(
 
     Args, Raises: as `cut_subnet`; also a ValueError if `common` fits no block or followers are asked of a transformer.
     """
-    if spec.followers and any(isinstance(block, TokenEmbedding) for block in prefix):
-        raise ValueError("followers: a transformer's patches keep their size; give resolutions instead")
-    if not spec.resolutions:
-        network, removed = cut_subnet(prefix, spec, images, config)
-        for side in spec.stem_kernels:
-            set_stem_kernel(network, side)
-        _common_blocks(network, spec)  # for followers: what is wrong shows before anything is aligned
-        return [Cut(spec, network, removed, prefix if spec.shared else None, spec.shared)]
+    if spec.followers:
+        _refuse_transformer(prefix, "followers")
     stems = {key: [(value,) for value in getattr(spec, key)] or [()] * len(spec.resolutions)
              for key in ("stem_strides", "stem_kernels")}
     specs = [
         spec.model_copy(update={"resolution": side, "stem_strides": stride, "stem_kernels": kernel, "resolutions": (),
                                 "common": ()})
         for side, stride, kernel in zip(spec.resolutions, stems["stem_strides"], stems["stem_kernels"])
-    ]
+    ] or [spec]
     leader, removed = cut_subnet(prefix, specs[0], images, config)
-    cuts = [Cut(specs[0], leader, removed)]
-    blocks = _common_blocks(leader, spec)
+    cuts = [Cut(specs[0], leader, removed, prefix if spec.shared else None, spec.shared)]
+    blocks = _common_blocks(leader, spec)  # followers need them, too: what is wrong shows before anything is aligned
     for other in specs[1:]:
         network = copy.deepcopy(leader)
         _change_input(network, other)
@@ -256,8 +250,7 @@ def set_stem_stride(subnet: nn.Sequential, stride: int) -> None:
     Raises:
         ValueError: the network is a transformer, whose first convolution cuts patches.
     """
-    if any(isinstance(block, TokenEmbedding) for block in subnet):
-        raise ValueError("stem_strides: a transformer's patches keep their size; give a lower resolution instead")
+    _refuse_transformer(subnet, "stem_strides")
     first_convolution(subnet).stride = (stride, stride)
 
 
@@ -271,13 +264,17 @@ def set_stem_kernel(subnet: nn.Sequential, side: int) -> None:
     Raises:
         ValueError: the network is a transformer, whose first convolution cuts patches.
     """
-    if any(isinstance(block, TokenEmbedding) for block in subnet):
-        raise ValueError("stem_kernels: a transformer's patches keep their size; give a lower resolution instead")
+    _refuse_transformer(subnet, "stem_kernels")
     first = first_convolution(subnet)
     gain = (first.kernel_size[0] / side) ** 2  # fewer samples, the same sum
     kernel = functional.interpolate(first.weight.detach(), (side, side), mode="bilinear", antialias=True)
     first.weight = nn.Parameter(gain * kernel)
     first.kernel_size, first.padding = (side, side), (side // 2, side // 2)
+
+
+def _refuse_transformer(network: nn.Sequential, key: str) -> None:
+    if any(isinstance(block, TokenEmbedding) for block in network):
+        raise ValueError(f"{key}: a transformer's patches keep their size; give lower resolutions instead")
 
 
 def first_convolution(subnet: nn.Sequential) -> nn.Conv2d:

@@ -10,6 +10,7 @@ from torch import Tensor
 from piebridge.backbones import Backbone, load_backbone
 from piebridge.config import BackboneConfig, Study, load_study
 from piebridge.methods import Setting
+from piebridge.subnets import Family, latents_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONES = [name for name in BackboneConfig.model_fields["name"].annotation.__args__]
@@ -49,6 +50,14 @@ def bare_setting(backbone: Backbone, overrides: str = "", count: int = 13) -> Se
 def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Whether two dictionaries hold the same names and bit-identical tensors."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def check_saved(family: Family, loaded: Family, images: Tensor) -> None:
+    """Assert that a family that was saved and loaded gives the latents that it gave, but for half precision."""
+    assert len(family) == len(loaded)
+    for before, after in zip(family.networks, loaded.networks):
+        expected, given = latents_of(before, images), latents_of(after, images)
+        assert given.shape == expected.shape and (given - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
 def copied_state(module: torch.nn.Module) -> dict[str, Tensor]:
