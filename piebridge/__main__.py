@@ -111,7 +111,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
     from .backbones import load_backbone
     from .checkpoints import Checkpoint
-    from .cloud import followers_checkpoint, generate_family, learn_router
+    from .cloud import generate_family, learn_router
     from .data import load_cloud
     from .router import save_router
     from .subnets import save_family
@@ -127,8 +127,7 @@ def generate(arguments: argparse.Namespace) -> None:
     save_family(family, output)
     records.write_table(output / "alignment.csv", history)
     save_router(learn_router(study, backbone, family, images.train), study.router, output)
-    for path in (checkpoint, followers_checkpoint(checkpoint)):
-        Checkpoint(path).remove()
+    Checkpoint(checkpoint).remove()
     _print_members(family.manifest)
 
 

@@ -1,12 +1,14 @@
 """Alignment: the subnets learn to give the original's latents, on public images.
 
-All members are trained together against one pass of the original. Source of the idea: pre-training-assisted latent
-space alignment (PieBridge, SenSys 2024, appendix A.1); losses, schedule and engineering are this project's.
+All members are trained together against one pass of the original; some may take turns. Source of the idea:
+pre-training-assisted latent space alignment (PieBridge, SenSys 2024, appendix A.1); losses, schedule and engineering
+are this project's.
 
 On a GPU a step of many small networks is thousands of short kernels, and launching them one by one would take longer
 than running them. So a step is recorded as a CUDA graph, after some plain ones, and replayed, each member in a stream
-of its own; where recording fails, kernels go on being launched one by one. So is the update of the weights. First
-convolutions and frozen batch norms are folded (see `folding`).
+of its own; where recording fails, kernels go on being launched one by one. There is a graph for each set of members
+that take part together, and one for the update of the weights. First convolutions and frozen batch norms are folded
+(see `folding`).
 Several GPUs (torchrun) share each batch; what they exchange in a step is one mean of one flat tensor of gradients.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +46,7 @@ WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
 def align(
     members: Sequence[nn.Module], prefix: nn.Module, tail: nn.Module, images: Tensor, resolution: int,
-    config: CloudConfig, seed: int, checkpoint: Optional[Path] = None,
+    config: CloudConfig, seed: int, checkpoint: Optional[Path] = None, every: Sequence[int] = (),
 ) -> pd.DataFrame:
     """Train the members in place until their latents are near the original's.
 
@@ -61,9 +64,11 @@ def align(
         config: steps, batch_size, learning_rate, optimizer, loss, crop_area, settled_crop_area, mixed, device.
         seed: of batches and crops.
         checkpoint: file in which the state is kept while it runs; a run that finds it goes on from there.
+        every: in one of how many steps each member takes part; default: in every step.
 
     Returns:
-        A row a logged step and member: step, seconds, images_per_second, member (index from 1), loss.
+        A row a logged step and member: step, seconds, images_per_second, member (index from 1), loss (of the last step
+        in which the member took part; NaN before its first).
 
     Raises:
         ValueError: the batch cannot be shared evenly among the processes.
@@ -90,6 +95,7 @@ def align(
     sample = images[torch.randint(len(images), (MOMENT_IMAGES,), generator=generator, device=device)]
     goal = Goal.of(prefix, random_crops(sample, resolution, config.crop_area, generator), config.loss)
     step = _Step(members, prefix, tail, goal, config, resolution, device, processes)
+    every = every or [1] * len(members)
     state = Checkpoint(checkpoint, enabled=processes.is_main_process)
     history, first, earlier = state.load(step.tensors(), generator) or ([], 0, 0.0)
 
@@ -108,12 +114,13 @@ def align(
         if not learning_statistics and config.settled_crop_area is not None:
             area, mixed = config.settled_crop_area, 0.0
         batch = random_crops(images[chosen], resolution, area, generator, mixed, part)
-        losses = step(batch, one_cycle(number / config.steps) * config.learning_rate, learning_statistics)
+        rate = one_cycle(number / config.steps) * config.learning_rate
+        losses = step(batch, rate, learning_statistics, taking_part(number, every))
         if number % logged == 0 or number == config.steps - 1:
             mean_losses = reduce(losses.clone(), "mean").tolist()  # reading them waits for the device
             seconds = earlier + time.perf_counter() - begin
-            rate = (number + 1 - last_step) * config.batch_size / max(seconds - last_seconds, 1e-9)
-            history += [(number, seconds, rate, index, loss) for index, loss in enumerate(mean_losses, start=1)]
+            speed = (number + 1 - last_step) * config.batch_size / max(seconds - last_seconds, 1e-9)
+            history += [(number, seconds, speed, index, loss) for index, loss in enumerate(mean_losses, start=1)]
             last_step, last_seconds = number + 1, seconds
         progress.update(config.batch_size)
         if state.due():
@@ -137,6 +144,16 @@ def one_cycle(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
+def taking_part(step: int, every: Sequence[int]) -> tuple[int, ...]:
+    """Indices of the members that step number `step`, from 0, trains: those of one in n steps take turns."""
+    turn, indices = 0, []
+    for index, period in enumerate(every):
+        if (step - turn) % period == 0:
+            indices.append(index)
+        turn += period > 1
+    return tuple(indices)
+
+
 def _run(network: nn.Sequential, images: Tensor, watched: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
     """Output of the network, and that of the watched blocks."""
     seen = []
@@ -148,7 +165,7 @@ def _run(network: nn.Sequential, images: Tensor, watched: Sequence[str]) -> tupl
 
 
 class _Step:
-    """One step of all members: forward, backward, mean of the gradients over the processes, update."""
+    """One step: forward and backward of those who take part, mean of the gradients over the processes, update."""
 
     def __init__(self, members, prefix, tail, goal, config: CloudConfig, resolution: int, device, processes) -> None:
         self.members, self.prefix, self.tail, self.goal = members, prefix, tail, goal
@@ -158,7 +175,7 @@ class _Step:
         self.batch = torch.zeros(size, 3, resolution, resolution, device=device).contiguous(
             memory_format=torch.channels_last
         )
-        self.losses = torch.zeros(len(members), device=device)
+        self.losses = torch.full((len(members),), torch.nan, device=device)
         self.trained = [[weight for weight in member.parameters() if weight.requires_grad] for member in members]
         # members can have weights in common, which are trained once, by the sum of their gradients
         unique = list(dict.fromkeys(weight for weights in self.trained for weight in weights))
@@ -175,8 +192,10 @@ class _Step:
                       for key, value in member.state_dict().items()}
         self.learning_statistics: Optional[bool] = None
 
-    def __call__(self, batch: Tensor, learning_rate: float, learning_statistics: bool) -> Tensor:
-        """Take a step; returns the losses, shape (members,), which the next step overwrites."""
+    def __call__(
+        self, batch: Tensor, learning_rate: float, learning_statistics: bool, indices: tuple[int, ...]
+    ) -> Tensor:
+        """Take a step with these members; returns all losses, shape (members,), which the next step overwrites."""
         self.batch.copy_(batch)
         if learning_statistics != self.learning_statistics:
             self.learning_statistics = learning_statistics
@@ -186,15 +205,17 @@ class _Step:
                 member.train(learning_statistics)
                 if not learning_statistics:
                     fold_norms(member)
-            self.compute = _Replayed(self._compute, self.on_gpu)
-        self.compute()
+            self.computes: dict[tuple[int, ...], _Replayed] = {}
+        if indices not in self.computes:
+            self.computes[indices] = _Replayed(functools.partial(self._compute, indices), self.on_gpu)
+        self.computes[indices]()
         if self.processes.num_processes > 1:
             self.flat.copy_(reduce(self.flat, "mean"))
         self.optimizer.learning_rate.fill_(learning_rate)
         self.update()
         return self.losses
 
-    def _compute(self) -> None:
+    def _compute(self, indices: Sequence[int]) -> None:
         autocast = torch.autocast(self.device.type, PRECISION, enabled=self.on_gpu, cache_enabled=False)
         with torch.no_grad():
             with autocast:
@@ -202,8 +223,9 @@ class _Step:
                 logits = self.tail(latents)
             wanted, log_probabilities = self.goal.place(latents), logits.float().log_softmax(1)
             looks = [attention(seen, min(seen.shape[-1], 4)) for seen in maps]
-        current, gradients = torch.cuda.current_stream() if self.on_gpu else None, []
-        for index, (member, weights, stream) in enumerate(zip(self.members, self.trained, self.streams)):
+        current, gradients = torch.cuda.current_stream() if self.on_gpu else None, {}
+        for index in indices:
+            member, stream = self.members[index], self.streams[index]
             if stream is not None:
                 stream.wait_stream(current)
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
@@ -218,18 +240,18 @@ class _Step:
                 for seen, look in zip(maps, looks):
                     near = functional.mse_loss(attention(seen, round(look.shape[1] ** 0.5)), look, reduction="sum")
                     loss = loss + self.config.loss.features * near / len(look)
-                gradients.append(torch.autograd.grad(loss, weights))
+                gradients[index] = torch.autograd.grad(loss, self.trained[index])
                 self.losses[index].copy_(loss.detach())
         if self.on_gpu:
-            for stream in self.streams:
-                current.wait_stream(stream)
+            for index in indices:
+                current.wait_stream(self.streams[index])
         self.flat.zero_()
-        for weights, own in zip(self.trained, gradients):
-            torch._foreach_add_([weight.grad for weight in weights], list(own))
+        for index, own in gradients.items():
+            torch._foreach_add_([weight.grad for weight in self.trained[index]], list(own))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes while training, by name; shared, not copied."""
-        return self.named | self.optimizer.tensors()
+        return self.named | self.optimizer.tensors() | {"losses": self.losses}
 
     def _share_start(self) -> None:
         """All processes start from the first one's weights."""

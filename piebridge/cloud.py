@@ -21,7 +21,7 @@ from . import costs, records
 from .alignment import align
 from .backbones import Backbone, load_backbone, take_apart
 from .config import CloudConfig, Study, SubnetSpec, build_folder, project_root
-from .cutting import Cut, cut_followers, cut_set
+from .cutting import Cut, cut_set
 from .data import CloudImages, load_cloud
 from .embedded import SmallResNet
 from .pet import cut_of
@@ -151,28 +151,18 @@ def generate_family(
         device = PartialState().device  # under torchrun each process has its own
     original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
     sample = _spread(images.train, 64).to(device)
-    sets = [cut_set(original, spec, sample, config) for spec in config.subnets]
-    if checkpoint and not checkpoint.is_file():  # what followers learned belongs to the others of its time
-        followers_checkpoint(checkpoint).unlink(missing_ok=True)
-    cuts = [cut for members in sets for cut in members]
-    networks = [cut.network for cut in cuts]
-    history = align(networks, original, tail, images.train, backbone.resolution, config, study.seed, checkpoint)
+    cuts = [cut for spec in config.subnets for cut in cut_set(original, spec, sample, config)]
+    history = align(
+        [cut.network for cut in cuts], original, tail, images.train, backbone.resolution, config, study.seed,
+        checkpoint, [cut.every for cut in cuts],
+    )
     provenance = {
         **started, "study": study.name, "steps": config.steps, "batch_size": config.batch_size,
         "images": len(images.train), "held_out": len(images.held_out),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else records.processor_name(),
         "devices": PartialState().num_processes,
-        **_throughput(history, [original, *networks], sample[:1], device),
+        **_throughput(history, original, cuts, sample[:1], device),
     }
-    followers = [cut for (first, *_), spec in zip(sets, config.subnets) for cut in cut_followers(first, spec)]
-    if followers:
-        late = align_followers(followers, original, tail, images.train, study, checkpoint)
-        before, spent = (float(table["seconds"].max()) if len(table) else 0.0 for table in (history, late))
-        history = pd.concat([history, late.assign(
-            step=late["step"] + config.steps, seconds=late["seconds"] + before, member=late["member"] + len(cuts),
-        )], ignore_index=True)
-        provenance |= {"follower_steps": config.follower_steps, "alignment_seconds": round(before + spent, 1)}
-    cuts += followers
     family = make_family(backbone, cut_of(backbone, study.pet), original, cuts, provenance)
     family = with_fidelity(family, images.held_out.to(device))
     for network in family.networks:
@@ -182,27 +172,8 @@ def generate_family(
     return family, history
 
 
-def align_followers(
-    followers: Sequence[Cut], original: nn.Module, tail: nn.Module, images: Tensor, study: Study,
-    checkpoint: Optional[Path] = None,
-) -> pd.DataFrame:
-    """Align followers in place, with the study's recipe in its `follower_steps`; arguments and history as `align`'s."""
-    config = study.cloud.model_copy(update={"steps": study.cloud.follower_steps})
-    return align(
-        [cut.network for cut in followers], original, tail, images, study.backbone.resolution, config, study.seed + 1,
-        checkpoint and followers_checkpoint(checkpoint),
-    )
-
-
-def followers_checkpoint(checkpoint: Path) -> Path:
-    """Where the followers' alignment keeps its state, beside the others'."""
-    return checkpoint.with_name(f"{checkpoint.name}.followers")
-
-
 def try_out(study: Study, backbone: Backbone, images: CloudImages, config: CloudConfig) -> pd.DataFrame:
     """Cut subnets and align them for a while, keeping nothing: what a change of the cloud side's parameters brings.
-
-    Followers are left out.
 
     Args:
         study, backbone, images: as for `generate_family`.
@@ -216,14 +187,18 @@ def try_out(study: Study, backbone: Backbone, images: CloudImages, config: Cloud
     original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
     held_out = images.held_out.to(device)
     sample = _spread(images.train, 64).to(device)
-    networks = [cut.network for spec in config.subnets for cut in cut_set(original, spec, sample, config)]
+    cuts = [cut for spec in config.subnets for cut in cut_set(original, spec, sample, config)]
+    networks = [cut.network for cut in cuts]
     wanted, example = latents_of(original, held_out), backbone.example().to(device)
 
     def reached() -> list[float]:
         return [fidelity(latents_of(network, held_out), wanted)[0].mean().item() for network in networks]
 
     table = {"relative_macs": [costs.macs(network, example) for network in networks], "cut": reached()}
-    align(networks, original, tail, images.train, backbone.resolution, config, study.seed)
+    align(
+        networks, original, tail, images.train, backbone.resolution, config, study.seed,
+        every=[cut.every for cut in cuts],
+    )
     table = pd.DataFrame(table | {"aligned": reached()})
     return table.assign(relative_macs=table["relative_macs"] / costs.macs(original, example))
 
@@ -233,7 +208,9 @@ def _spread(images: Tensor, count: int) -> Tensor:
     return images[:: max(1, len(images) // count)][:count]
 
 
-def _throughput(history: pd.DataFrame, networks: Sequence[nn.Module], example: Tensor, device: torch.device) -> dict:
+def _throughput(
+    history: pd.DataFrame, original: nn.Module, cuts: Sequence[Cut], example: Tensor, device: torch.device
+) -> dict:
     """Seconds of the alignment, images a second, and what share of the GPU's peak that means."""
     if not len(history):
         return {"alignment_seconds": 0.0}
@@ -242,7 +219,8 @@ def _throughput(history: pd.DataFrame, networks: Sequence[nn.Module], example: T
              "images_per_second": round(images_per_second)}
     if device.type == "cuda":
         # a forward pass of the original; forward, gradient of the weights and of the input for each member
-        macs = costs.macs(networks[0], example) + 3 * sum(costs.macs(network, example) for network in networks[1:])
+        macs = costs.macs(original, example)
+        macs += 3 * sum(costs.macs(cut.network, example) / cut.every for cut in cuts)
         processes = PartialState().num_processes
         facts["share_of_peak"] = round(2 * macs * images_per_second / processes / costs.peak_flops(device), 4)
     return facts

@@ -112,12 +112,12 @@ class SubnetSpec(Section):
         "at a larger stride, a smaller one takes less time; it is not in common. Default: the backbone's."
     )
     common: tuple[str, ...] = Field(
-        (), description="resolutions, followers: only the blocks whose names begin so have their convolutions, or "
-        "their latent map, in common, for example [layer3, layer4], with most weights and little time; default: all."
+        (), description="resolutions: only the blocks whose names begin so have their convolutions, or their latent "
+        "map, in common, for example [layer3, layer4], with most weights and little time; default: all."
     )
-    followers: tuple[tuple[Annotated[int, Field(ge=8, le=512)], Annotated[int, Field(ge=1, le=8)]], ...] = Field(
-        (), description="Side and stem stride of further subnets: copies of the first one, aligned when all others "
-        "are, for cloud.follower_steps. What is `common` stays as it is; they learn only the rest."
+    every: tuple[Annotated[int, Field(ge=1, le=100)], ...] = Field(
+        (), description="In one of how many steps of alignment a subnet takes part, one for each side: those that take "
+        "turns cost less time and leave more of what is in common to the others. Default: in every step."
     )
     latent_map: Annotated[int, Field(ge=0)] = Field(
         0, description="Rank of a linear map that is added to pooled latents, the block `map`, aligned with the rest: "
@@ -137,19 +137,16 @@ class SubnetSpec(Section):
             raise ValueError("resolutions go neither with resolution nor with shared")
         if self.stem_kernels and self.shared:
             raise ValueError("shared blocks stay the original's, and so do kernels: leave stem_kernels or shared out")
-        if self.followers and self.shared:
-            raise ValueError("followers take what is common from the first subnet: they do not go with shared")
         sides = len(self.resolutions) or 1
-        for key, given in {"stem_strides": self.stem_strides, "stem_kernels": self.stem_kernels}.items():
+        for key in ("stem_strides", "stem_kernels", "every"):
+            given = getattr(self, key)
             if given and len(given) != sides:
                 raise ValueError(f"{key}: {len(given)} given; give one for each of {sides} sides")
         even = [side for side in self.stem_kernels if side % 2 == 0]
         if even:
             raise ValueError(f"stem_kernels: {even[0]} is even and has no centre; give odd sides")
-        if self.common and not self.resolutions and not self.followers:
-            raise ValueError(
-                "common says what several resolutions have in common: give resolutions or followers, or leave it out"
-            )
+        if self.common and not self.resolutions:
+            raise ValueError("common says what several resolutions have in common: give resolutions, or leave it out")
         return self
 
 
@@ -212,9 +209,6 @@ class CloudConfig(Section):
     )
     round_to: PositiveInt = Field(8, description="Channel counts are multiples of this: what the processor likes.")
     steps: Annotated[int, Field(ge=0)] = Field(300, description="Alignment steps; 0 leaves the members unaligned.")
-    follower_steps: Annotated[int, Field(ge=0)] = Field(
-        300, description="Alignment steps of the subnets' followers, after the others'."
-    )
     batch_size: PositiveInt = Field(64, description="Images an alignment step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak learning rate, one-cycle.")
     optimizer: Literal["adamw", "muon"] = Field(

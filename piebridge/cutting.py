@@ -165,6 +165,7 @@ class Cut:
         removed: blocks left out.
         leader: the network whose dense convolutions in the blocks `shared` are also its own; None: it shares none.
         shared: blocks.
+        every: in one of how many steps it is aligned.
     """
 
     spec: SubnetSpec
@@ -172,54 +173,34 @@ class Cut:
     removed: tuple[str, ...]
     leader: Optional[nn.Sequential] = None
     shared: tuple[str, ...] = ()
+    every: int = 1
 
 
 def cut_set(
     prefix: nn.Sequential, spec: SubnetSpec, images: Tensor, config: Optional[CloudConfig] = None
 ) -> list[Cut]:
-    """The subnets that a specification asks for, without followers: one, or one a resolution, led by the first.
+    """The subnets that a specification asks for: one, or one a resolution, led by the first.
 
-    Args, Raises: as `cut_subnet`; also a ValueError if `common` fits no block or followers are asked of a transformer.
+    Args, Raises: as `cut_subnet`; also a ValueError if `common` fits no block.
     """
-    if spec.followers:
-        _refuse_transformer(prefix, "followers")
-    stems = {key: [(value,) for value in getattr(spec, key)] or [()] * len(spec.resolutions)
-             for key in ("stem_strides", "stem_kernels")}
+    own = {key: [(value,) for value in getattr(spec, key)] or [()] * len(spec.resolutions)
+           for key in ("stem_strides", "stem_kernels", "every")}
     specs = [
-        spec.model_copy(update={"resolution": side, "stem_strides": stride, "stem_kernels": kernel, "resolutions": (),
-                                "common": ()})
-        for side, stride, kernel in zip(spec.resolutions, stems["stem_strides"], stems["stem_kernels"])
+        spec.model_copy(update={"resolution": side, "resolutions": (), "common": ()} | dict(zip(own, values)))
+        for side, *values in zip(spec.resolutions, *own.values())
     ] or [spec]
     leader, removed = cut_subnet(prefix, specs[0], images, config)
-    cuts = [Cut(specs[0], leader, removed, prefix if spec.shared else None, spec.shared)]
-    blocks = _common_blocks(leader, spec)  # followers need them, too: what is wrong shows before anything is aligned
+    cuts = [Cut(specs[0], leader, removed, prefix if spec.shared else None, spec.shared, *specs[0].every)]
+    blocks = _common_blocks(leader, spec)
     for other in specs[1:]:
         network = copy.deepcopy(leader)
         _change_input(network, other)
         tie(network, leader, shared_tensors(network, blocks))
-        cuts.append(Cut(other, network, removed, leader, blocks))
+        cuts.append(Cut(other, network, removed, leader, blocks, *other.every))
     for cut in cuts:  # last, so that each is resampled from the backbone's own kernel
         for side in cut.spec.stem_kernels:
             set_stem_kernel(cut.network, side)
     return cuts
-
-
-def cut_followers(first: Cut, spec: SubnetSpec) -> list[Cut]:
-    """Copies of a set's first subnet, aligned already, for the sides and stem strides `spec.followers`.
-
-    What is in common stays the first one's and requires no gradient, so aligning them leaves the others as they are.
-    """
-    blocks, followers = _common_blocks(first.network, spec), []
-    for side, stride in spec.followers:
-        own = first.spec.model_copy(update={"resolution": side, "stem_strides": (stride,)})
-        network = copy.deepcopy(first.network).requires_grad_(True)
-        _change_input(network, own)
-        common = shared_tensors(network, blocks)
-        tie(network, first.network, common)
-        for name in common:
-            network.get_parameter(name).requires_grad_(False)
-        followers.append(Cut(own, network, first.removed, first.network, blocks))
-    return followers
 
 
 def _common_blocks(leader: nn.Sequential, spec: SubnetSpec) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from tiny import ROOT, SIDE, copied_state, random_backbone, random_images, same_tensors, tiny_study
 
 from piebridge import alignment, checkpoints
-from piebridge.alignment import align
+from piebridge.alignment import align, taking_part
 from piebridge.config import SubnetSpec
 from piebridge.crops import random_crops
 from piebridge.cutting import cut_set, cut_subnet, shared_tensors
@@ -73,9 +73,61 @@ HALF = (SubnetSpec(width=0.5),)
 def aligned(tiny, overrides="", specs=HALF, **keywords):
     study = tiny_study(f"cloud.steps=8 cloud.batch_size=8 cloud.mixed=0.3 {overrides}")
     images, (prefix, tail) = random_images(20), tiny.backbone.cut("head")
-    networks = [cut.network for spec in specs for cut in cut_set(prefix, spec, images[:2], study.cloud)]
-    history = align(networks, prefix, tail, images, 32, study.cloud, 0, **keywords)
+    cuts = [cut for spec in specs for cut in cut_set(prefix, spec, images[:2], study.cloud)]
+    networks, every = [cut.network for cut in cuts], [cut.every for cut in cuts]
+    history = align(networks, prefix, tail, images, 32, study.cloud, 0, every=every, **keywords)
     return networks, history
+
+
+@pytest.mark.parametrize("every", [(), (1, 1), (3, 3, 3), (1, 3, 1, 2, 4), (2, 5, 5, 5, 1)])
+def test_each_member_takes_part_once_in_so_many_steps(every):
+    parts = [taking_part(step, every) for step in range(40)]
+    assert all(set(part) <= set(range(len(every))) and len(set(part)) == len(part) for part in parts)
+    for index, period in enumerate(every):
+        took = [index in part for part in parts]
+        assert all(sum(took[start : start + period]) == 1 for start in range(40 - period))
+
+
+def test_members_of_one_period_take_turns():
+    assert [taking_part(step, (1, 3, 3, 1, 3)) for step in (6, 7, 8)] == [(0, 1, 3), (0, 2, 3), (0, 3, 4)]
+
+
+def test_members_learn_in_their_turns(tiny):
+    """Batch norm counts the batches that it learns from; a loss stays as it is until the next turn."""
+    specs = [SubnetSpec(width=0.5, resolutions=(32, 24, 16), every=(1, 3, 3)), SubnetSpec(resolution=24, every=(2,))]
+    networks, history = aligned(tiny, "cloud.steps=7 cloud.loss.frozen_statistics=0", specs)
+    turns = [{0, 1, 2, 3, 4, 5, 6}, {0, 3, 6}, {1, 4}, {0, 2, 4, 6}]
+    before, _ = tiny.backbone.cut("head")
+    for network, turn in zip(networks, turns):
+        for name, count in network.named_buffers():
+            assert not name.endswith("num_batches_tracked") or count - before.get_buffer(name) == len(turn), name
+    for (_, rows), turn in zip(history.groupby("member"), turns):
+        losses = rows["loss"].tolist()
+        assert losses[0] > 0 if 0 in turn else np.isnan(losses[0])
+        assert {step for step in range(1, 7) if losses[step] != losses[step - 1]} == turn - {0}
+
+
+def test_who_takes_no_part_has_no_influence_and_learns_nothing(tiny):
+    """One step of two members that take turns is one of the first alone; the other's own weights only decay."""
+    overrides = "cloud.steps=1 cloud.learning_rate=0.5 cloud.loss.frozen_statistics=0"  # times 0.04 in the first step
+    (single,), _ = aligned(tiny, overrides)
+    spec = SubnetSpec(width=0.5, resolutions=(32, 16), every=(2, 2))
+    (first, other), _ = aligned(tiny, overrides, [spec])
+    assert same_tensors(copied_state(first), copied_state(single))
+    _, cut = cut_set(tiny.backbone.cut("head")[0], spec, random_images(20)[:2])
+    for name, start in copied_state(cut.network).items():
+        if name in dict(other.named_buffers()):
+            assert torch.equal(other.get_buffer(name), start), name
+        elif other.get_parameter(name) is not first.get_parameter(name):
+            wanted = start * (1 - 0.04 * 0.5 * 0.01)
+            torch.testing.assert_close(other.get_parameter(name), wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_members_with_nothing_in_common_do_not_notice_who_takes_turns(tiny):
+    (single,), alone = aligned(tiny)
+    (same, _, _), both = aligned(tiny, specs=[*HALF, SubnetSpec(width=0.75, resolutions=(24, 16), every=(3, 2))])
+    assert same_tensors(copied_state(same), copied_state(single))
+    assert both[both["member"] == 1]["loss"].tolist() == alone["loss"].tolist()
 
 
 @pytest.mark.parametrize(("settled", "last"), [(None, (0.5, 0.3)), (0.9, (0.9, 0.0))])
@@ -93,11 +145,12 @@ def test_crops_are_milder_and_whole_once_batch_norm_is_frozen(tiny, monkeypatch,
     assert drawn[1:] == 6 * [(0.5, 0.3)] + 2 * [last]  # the first is the sample that the goal is set by
 
 
+@pytest.mark.parametrize("specs", [HALF, (SubnetSpec(width=0.5, resolutions=(32, 16), every=(1, 3)),)])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_alignment_goes_on_and_ends_the_same(tiny, tmp_path, monkeypatch, optimizer):
-    """Cut off at step 5 by an error, continued from the checkpoint of step 4."""
+def test_a_killed_alignment_goes_on_and_ends_the_same(tiny, tmp_path, monkeypatch, optimizer, specs):
+    """Cut off at step 5 by an error, continued from the checkpoint of step 4; every third step is 0, 3 and 6."""
     monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN", 0.0)
-    whole, history = aligned(tiny, f"cloud.optimizer={optimizer}")
+    whole, history = aligned(tiny, f"cloud.optimizer={optimizer}", specs)
     real, calls = alignment.one_cycle, []
 
     def killed(progress):
@@ -112,12 +165,12 @@ def test_a_killed_alignment_goes_on_and_ends_the_same(tiny, tmp_path, monkeypatc
     path = tmp_path / "state.safetensors"
     monkeypatch.setattr(alignment, "one_cycle", killed)
     with pytest.raises(KeyboardInterrupt):
-        aligned(tiny, f"cloud.optimizer={optimizer}", checkpoint=path)
+        aligned(tiny, f"cloud.optimizer={optimizer}", specs, checkpoint=path)
     monkeypatch.setattr(alignment, "one_cycle", real)
-    continued, later = aligned(tiny, f"cloud.optimizer={optimizer}", checkpoint=path)
-    finished, _ = aligned(tiny, f"cloud.optimizer={optimizer}", checkpoint=path)  # killed after the last step
-    assert same_tensors(copied_state(finished[0]), copied_state(whole[0]))
-    assert same_tensors(copied_state(continued[0]), copied_state(whole[0]))
+    continued, later = aligned(tiny, f"cloud.optimizer={optimizer}", specs, checkpoint=path)
+    finished, _ = aligned(tiny, f"cloud.optimizer={optimizer}", specs, checkpoint=path)  # killed after the last step
+    for ended in (finished, continued):
+        assert all(same_tensors(copied_state(one), copied_state(other)) for one, other in zip(ended, whole))
     assert later[["step", "member", "loss"]].equals(history[["step", "member", "loss"]])
     assert later["seconds"].is_monotonic_increasing
 

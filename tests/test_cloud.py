@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import torch
-from tiny import check_saved, copied_state, random_backbone, same_tensors, tiny_study
+from tiny import copied_state, random_backbone, same_tensors, tiny_study
 
 from piebridge import cloud
 from piebridge.cloud import family_folder, free_family, learn_router, obtain_backbone, obtain_family, obtain_router
 from piebridge.config import SubnetSpec
-from piebridge.cutting import cut_set, shared_tensors
 from piebridge.data import load_cloud
-from piebridge.subnets import FamilyError, fidelity, latents_of, load_family, save_family
+from piebridge.subnets import FamilyError, fidelity, latents_of
 
 
 def forbidden(*arguments):
@@ -157,88 +156,27 @@ def with_subnets(overrides, *subnets):
     return study.model_copy(update={"cloud": study.cloud.model_copy(update={"subnets": subnets})})
 
 
-@pytest.fixture(scope="module")
-def followed(tiny, tmp_path_factory):
-    """Families of the same study without and with followers, and the history of the second."""
-    checkpoint = tmp_path_factory.mktemp("state") / "state.safetensors"
-    made = []
-    for followers in ((), ((32, 1), (20, 2))):
-        set_of_two = SubnetSpec(width=0.5, resolutions=(24, 16), common=("layer2", "layer3"), followers=followers)
-        study = with_subnets("cloud.steps=4 cloud.follower_steps=4", set_of_two, SubnetSpec(width=0.75))
-        made.append(cloud.generate_family(study, tiny.backbone, load_cloud(study), checkpoint if made else None))
-    (without, _), (family, history) = made
-    return study, without, family, history, checkpoint
-
-
-def test_followers_leave_the_others_as_they_are(followed):
-    _, without, family, history, _ = followed
-    places = {(facts.width, facts.resolution): index for index, facts in enumerate(family.manifest.subnets)}
-    assert set(places) == {(1, 32), (0.5, 32), (0.5, 24), (0.5, 20), (0.5, 16), (0.75, 32)}
-    for facts, network in zip(without.manifest.subnets, without.networks):
-        same = family.networks[places[facts.width, facts.resolution]]
-        assert same_tensors(copied_state(network), copied_state(same))
-    first = family.networks[places[0.5, 24]]
-    for side in (32, 20):
-        follower = family.networks[places[0.5, side]]
-        common = set(shared_tensors(follower, family.manifest.subnets[places[0.5, 16]].shared))
-        own = {name for name, weight in follower.named_parameters()
-               if not torch.equal(weight, first.get_parameter(name))}
-        assert common and not own & common and "stem" in {name.partition(".")[0] for name in own}
-    assert history["step"].max() == 7 and set(history["member"]) == {1, 2, 3, 4, 5}
-    late = history[history["member"] > 3]
-    assert late["step"].min() == 4 and late["seconds"].min() > history[history["member"] <= 3]["seconds"].max()
-    assert family.manifest.provenance["follower_steps"] == 4
-    assert family.manifest.provenance["alignment_seconds"] == pytest.approx(history["seconds"].max(), abs=0.1)
-
-
-def test_a_family_with_followers_survives_saving(tiny, followed, tmp_path):
-    _, _, family, _, _ = followed
-    save_family(family, tmp_path / "family")
-    loaded = load_family(tmp_path / "family", tiny.backbone, family.manifest.cut)
-    check_saved(family, loaded, tiny.backbone.example(3))
-    led = [facts for facts in family.manifest.subnets if facts.shares_with is not None]
-    assert {facts.resolution for facts in led} == {24, 20, 16} and len({facts.shares_with for facts in led}) == 1
-
-
-def test_followers_go_on_from_their_own_checkpoint(tiny, followed, monkeypatch):
-    study, _, family, _, checkpoint = followed
-    monkeypatch.setattr("piebridge.alignment._Step.__call__", forbidden)
-    assert checkpoint.is_file() and cloud.followers_checkpoint(checkpoint).is_file()
-    again, history = cloud.generate_family(study, tiny.backbone, load_cloud(study), checkpoint)  # nothing is left to do
-    assert len(history) and all(
-        same_tensors(copied_state(one), copied_state(other)) for one, other in zip(family.networks, again.networks)
-    )
-
-
-def test_wrong_followers_are_refused_before_anything_is_aligned(tiny, monkeypatch):
+def test_a_wrong_set_is_refused_before_anything_is_aligned(tiny, monkeypatch):
     monkeypatch.setattr(cloud, "align", forbidden)
-    study = with_subnets("", SubnetSpec(width=0.5, common=("layer9",), followers=((24, 1),)))
+    study = with_subnets("", SubnetSpec(width=0.5), SubnetSpec(width=0.5, resolutions=(24, 16), common=("layer9",)))
     with pytest.raises(ValueError, match="common: no block's name begins with layer9"):
         cloud.generate_family(study, tiny.backbone, load_cloud(study))
-    prefix, _ = random_backbone("vit_tiny_patch16_224").cut("head")
-    with pytest.raises(ValueError, match="followers: a transformer's patches keep their size"):
-        cut_set(prefix, SubnetSpec(followers=((16, 1),)), random_backbone("vit_tiny_patch16_224").example(2))
 
 
-def test_followers_without_steps_are_copies(tiny):
-    study = with_subnets("cloud.steps=0 cloud.follower_steps=0", SubnetSpec(width=0.5, followers=((24, 1),)))
-    family, history = cloud.generate_family(study, tiny.backbone, load_cloud(study))
-    assert not len(history) and family.manifest.provenance["alignment_seconds"] == 0
-    dear, cheap = (dict(network.named_parameters()) for network in family.networks[1:])
-    assert [facts.resolution for facts in family.manifest.subnets[1:]] == [32, 24] and same_tensors(dear, cheap)
-
-
-def test_followers_of_other_members_are_not_gone_on_from(tiny, followed, tmp_path):
-    study, _, _, _, checkpoint = followed
-    stale = cloud.followers_checkpoint(tmp_path / "state.safetensors")
-    shutil.copy(cloud.followers_checkpoint(checkpoint), stale)
-    other = study.model_copy(update={"seed": 5})
-    cloud.generate_family(other, tiny.backbone, load_cloud(other), tmp_path / "state.safetensors")
-    assert stale.read_bytes() != cloud.followers_checkpoint(checkpoint).read_bytes()
-
-
-def test_followers_and_shared_blocks_exclude_each_other():
-    with pytest.raises(ValueError, match="they do not go with shared"):
-        SubnetSpec(resolution=16, shared=("layer3_1",), followers=((24, 2),))
-    with pytest.raises(ValueError, match="give resolutions or followers, or leave it out"):
-        SubnetSpec(resolution=16, common=("layer3",))
+def test_a_specifications_turns_reach_the_alignment(tiny, monkeypatch):
+    """Batch norm counts the batches that it learns from."""
+    study = with_subnets(
+        "cloud.steps=6 cloud.loss.frozen_statistics=0",
+        SubnetSpec(width=0.5, resolutions=(24, 16), every=(1, 3)), SubnetSpec(width=0.75, every=(2,)),
+    )
+    family, _ = cloud.generate_family(study, tiny.backbone, load_cloud(study))
+    batches = [next(buffer.item() for name, buffer in network.named_buffers() if name.endswith("num_batches_tracked"))
+               for network in family.networks]
+    places = [(facts.width, facts.resolution) for facts in family.manifest.subnets]
+    assert {place: count - batches[0] for place, count in zip(places, batches)} == {
+        (1, 32): 0, (0.5, 24): 6, (0.5, 16): 2, (0.75, 32): 3,
+    }
+    given = []
+    monkeypatch.setattr(cloud, "align", lambda *_, every: given.append(every))
+    cloud.try_out(study, tiny.backbone, load_cloud(study), study.cloud)
+    assert given == [[1, 3, 2]]

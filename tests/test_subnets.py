@@ -14,7 +14,6 @@ from piebridge import costs
 from piebridge.config import CloudConfig, SubnetSpec
 from piebridge.cutting import (
     MatchLatents,
-    cut_followers,
     cut_set,
     cut_subnet,
     removable_blocks,
@@ -161,9 +160,10 @@ def test_only_the_named_blocks_are_common(common):
 
 def test_common_blocks_must_exist_and_need_resolutions():
     prefix, _ = random_backbone("resnet18").cut("head")
-    with pytest.raises(ValueError, match=r"common: no block's name begins with layer9; blocks: .*layer1_0"):
-        cut_set(prefix, SubnetSpec(resolutions=(32, 16), common=("layer9",)), random_images(2))
-    with pytest.raises(ValueError, match="give resolutions or followers, or leave it out"):
+    for sides in ((32, 16), (16,)):
+        with pytest.raises(ValueError, match=r"common: no block's name begins with layer9; blocks: .*layer1_0"):
+            cut_set(prefix, SubnetSpec(resolutions=sides, common=("layer9",)), random_images(2))
+    with pytest.raises(ValueError, match="give resolutions, or leave it out"):
         SubnetSpec(common=("layer4",))
 
 
@@ -290,22 +290,37 @@ def test_a_resampled_kernel_sees_the_same(side):
     assert side != 7 or torch.equal(layer.weight, before)
 
 
-def test_a_dearer_follower_leads_and_the_first_keeps_the_backbones_stride(tmp_path):
-    backbone = random_backbone("resnet18")
-    prefix, cut = backbone.cut("head")[0], "head"
-    spec = SubnetSpec(width=0.5, resolution=16, common=("layer4",), followers=((32, 3), (64, 2)))
-    [first] = cut_set(prefix, spec, random_images(2))
-    cuts = [first, *cut_followers(first, spec)]
-    family = make_family(backbone, cut, prefix, cuts, {})
-    assert family.networks[0] is prefix and family.manifest.subnets[0].file is None
-    dear = make_family(backbone, cut, prefix, cut_set(prefix, SubnetSpec(resolution=64), random_images(2)), {})
-    assert dear.networks[0] is prefix and dear.relative_macs[1] > 1  # dearer than the original, which stays the first
+def test_a_dearer_subnet_leads_its_set_but_the_original_stays_the_first(tmp_path):
+    family = family_of("resnet18", "head", [
+        SubnetSpec(width=0.5, resolutions=(16, 32, 64), stem_strides=(2, 3, 2), common=("layer4",)),
+        SubnetSpec(resolution=64),
+    ])
+    assert family.relative_macs[1] > 1 == family.relative_macs[0]  # dearer than the original
+    facts = family.manifest.subnets
+    assert [(member.width, member.resolution) for member in facts[:3]] == [(1, 32), (1, 64), (0.5, 64)]
+    assert [member.shares_with for member in facts] == [None, None, None, 2, 2]
     save_family(family, tmp_path / "family")
-    loaded = load_family(tmp_path / "family", backbone, cut)
+    loaded = load_family(tmp_path / "family", random_backbone("resnet18"), "head")
     check_saved(family, loaded, random_images(3, seed=1))
-    strides = [[network.stem[0].stride for network in each.networks] for each in (family, loaded)]
-    assert strides[0] == strides[1] and (3, 3) in strides[0]
-    assert {facts.resolution for facts in family.manifest.subnets if facts.shares_with} == {16, 32}
+    for each in (family, loaded):
+        strides = {(member.width, member.resolution): network.stem[0].stride[0]
+                   for member, network in zip(facts, each.networks)}
+        assert strides == {(1, 32): 2, (1, 64): 2, (0.5, 64): 2, (0.5, 32): 3, (0.5, 16): 2}
+
+
+def test_turns_are_one_for_each_side():
+    prefix, _ = random_backbone("resnet18").cut("head")
+    for given, every in (
+        ({"resolutions": (32, 24, 16), "every": (1, 3, 2)}, [1, 3, 2]), ({"resolutions": (32, 16)}, [1, 1]),
+        ({"resolution": 16, "shared": ("layer4_0",), "every": (4,)}, [4]),
+    ):
+        assert [cut.every for cut in cut_set(prefix, SubnetSpec(**given), random_images(2))] == every
+    with pytest.raises(ValueError, match="every: 1 given; give one for each of 2 sides"):
+        SubnetSpec(resolutions=(32, 16), every=(3,))
+    with pytest.raises(ValueError, match="every: 2 given; give one for each of 1 sides"):
+        SubnetSpec(resolution=32, every=(1, 3))
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        SubnetSpec(resolution=32, every=(0,))
 
 
 def test_kernels_are_odd_and_one_for_each_side():
