@@ -1,5 +1,6 @@
 """The audit of routes: every variant trains, at its cost, and looking latents up changes nothing."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -193,6 +194,35 @@ def test_what_the_book_says_of_the_committed_table():
     ahead = reached["lowest similarity"] - reached["drawn uniformly"]
     assert {study for study in studies if ahead[study] < 0} == mobile
     assert beyond("lowest similarity") == mobile
+
+
+def test_what_the_book_says_of_the_shipped_family():
+    table = pd.read_csv(ROOT / "book" / "records" / "routes_shipped.csv")
+    earlier = pd.read_csv(ROOT / "book" / "records" / "routes.csv")
+    studies = {study: compared(rows, REFERENCE) for study, rows in table.groupby("study")}
+    for study, rows in table.groupby("study"):
+        before = earlier[earlier["study"] == study]
+        assert list(zip(rows["variant"], rows["seed"])) == list(zip(before["variant"], before["seed"]))
+    dogs, textures, objects = (studies[f"{name}_resnet18"] for name in ("dogsvscats", "dtd", "caltech101"))
+    lost = [-rows.loc["original", "behind"] for rows in (dogs, textures, objects)]
+    assert lost == pytest.approx([0.13, 1.3, 0.74], abs=0.03)
+    beyond = [loss > rows.loc["original", "half_width"] for loss, rows in zip(lost, (dogs, textures, objects))]
+    assert beyond == [False, True, True]
+    assert dogs.loc["best subnet", "behind"] == pytest.approx(0.655, abs=0.001)
+    assert dogs.loc["best subnet", "half_width"] < 0.655
+    latency = {member["relative_latency"]: place for place, member in enumerate(json.loads(
+        (ROOT / "params" / "families" / "resnet18" / "manifest.json").read_text(encoding="utf-8"))["subnets"])}
+    assert latency[round(dogs.loc["best subnet", "cost"], 4)] == 4
+    corrected = textures.loc["highest priority, correction switched", "behind"]
+    assert corrected == pytest.approx(-1.25, abs=0.001) and lost[1] + corrected == pytest.approx(0.03, abs=0.01)
+    corrected = objects.loc["highest priority, correction switched"]
+    assert abs(corrected["behind"]) < corrected["half_width"]
+    drawn = [rows.loc["drawn uniformly"] for rows in (dogs, textures, objects)]
+    assert [row["behind"] > row["half_width"] for row in drawn] == [False, True, False]
+    assert drawn[1]["behind"] == pytest.approx(0.9, abs=0.01)
+    kept = [loss + rows.loc["highest loss, latents kept", "behind"]
+            for loss, rows in zip(lost, (dogs, textures, objects))]
+    assert kept == pytest.approx([0.38, 1.1, 0.82], abs=0.005)
 
 
 def test_what_the_book_says_of_the_choice_of_subnets():
