@@ -261,7 +261,7 @@ def test_two_processes_find_the_losses_of_one(tmp_path):
         subprocess.run([*command, str(tmp_path / name)], env=environment, check=True, timeout=300, cwd=tmp_path)
     one, two = (pd.read_csv(tmp_path / name) for name in ("one.csv", "two.csv"))
     assert one["step"].tolist() == two["step"].tolist()
-    assert len(one) == 8
+    assert len(one) == 16
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-4)
 
 
@@ -271,12 +271,12 @@ from tiny import random_backbone, random_images, tiny_study
 from accelerate import PartialState
 from piebridge.alignment import align
 from piebridge.config import SubnetSpec
-from piebridge.cutting import cut_set, cut_subnet, shared_tensors
+from piebridge.cutting import cut_subnet
 
 study = tiny_study("cloud.steps=8 cloud.batch_size=8 cloud.loss.frozen_statistics=1")
 prefix, tail = random_backbone("embedded").cut("head")
-member, _ = cut_subnet(prefix, SubnetSpec(width=0.5), random_images(2))
-history = align([member], prefix, tail, random_images(20), 32, study.cloud, 0)
+members = [cut_subnet(prefix, SubnetSpec(width=width), random_images(2))[0] for width in (0.5, 0.75)]
+history = align(members, prefix, tail, random_images(20), 32, study.cloud, 0, every=(1, 3))
 if PartialState().is_main_process:
     history.to_csv(sys.argv[1], index=False)
 """
