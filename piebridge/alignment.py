@@ -71,8 +71,11 @@ def align(
         in which the member took part; NaN before its first).
 
     Raises:
-        ValueError: the batch cannot be shared evenly among the processes.
+        ValueError: the batch cannot be shared evenly among the processes, or `every` is not one number a member.
     """
+    every = every or [1] * len(members)
+    if len(every) != len(members):
+        raise ValueError(f"every: {len(every)} numbers for {len(members)} members; give one for each")
     processes = PartialState(cpu=config.device == "cpu")
     if not config.steps or not members:
         return pd.DataFrame(columns=HISTORY)
@@ -95,7 +98,6 @@ def align(
     sample = images[torch.randint(len(images), (MOMENT_IMAGES,), generator=generator, device=device)]
     goal = Goal.of(prefix, random_crops(sample, resolution, config.crop_area, generator), config.loss)
     step = _Step(members, prefix, tail, goal, config, resolution, device, processes)
-    every = every or [1] * len(members)
     state = Checkpoint(checkpoint, enabled=processes.is_main_process)
     history, first, earlier = state.load(step.tensors(), generator) or ([], 0, 0.0)
 

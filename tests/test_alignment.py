@@ -107,7 +107,7 @@ def test_members_learn_in_their_turns(tiny):
         assert {step for step in range(1, 7) if losses[step] != losses[step - 1]} == turn - {0}
 
 
-def test_who_takes_no_part_has_no_influence_and_learns_nothing(tiny):
+def test_who_has_not_taken_part_yet_has_no_influence_and_learns_nothing(tiny):
     """One step of two members that take turns is one of the first alone; the other's own weights only decay."""
     overrides = "cloud.steps=1 cloud.learning_rate=0.5 cloud.loss.frozen_statistics=0"  # times 0.04 in the first step
     (single,), _ = aligned(tiny, overrides)
@@ -249,6 +249,13 @@ def test_leaves_are_new_and_keep_what_members_have_in_common(tiny):
 def test_every_loss_falls(tiny, loss):
     _, history = aligned(tiny, f"cloud.steps=30 'cloud.loss={loss}' cloud.learning_rate=5e-3")
     assert history["loss"].tail(5).mean() < history["loss"].head(5).mean()
+
+
+def test_every_member_has_its_turn(tiny):
+    prefix, tail = tiny.backbone.cut("head")
+    members = [prefix, prefix]
+    with pytest.raises(ValueError, match=r"every: 1 numbers for 2 members; give one for each"):
+        align(members, prefix, tail, random_images(20), 32, tiny_study("cloud.steps=1").cloud, 0, every=(1,))
 
 
 def test_two_processes_find_the_losses_of_one(tmp_path):

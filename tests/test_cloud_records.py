@@ -113,7 +113,7 @@ def test_what_families_are_worth():
     assert cost[2] < 1 / 2 and lost[2] == pytest.approx(0, abs=0.01)
     assert cost[4] < 1 / 3 and lost[4] == pytest.approx(0.8, abs=0.05)
     assert cost[6] < 1 / 5 and lost[6] == pytest.approx(1.1, abs=0.05)
-    assert resnet.loc[6, ["caltech101", "dtd"]].tolist() == pytest.approx([1.5, 1.5], abs=0.065)
+    assert resnet.loc[6, ["caltech101", "dtd"]].tolist() == pytest.approx([1.6, 1.5], abs=0.05)
     assert resnet.loc[6, "dogs_vs_cats"] == pytest.approx(0.3, abs=0.05)
     assert cost[[7, 8]].tolist() == pytest.approx([0.145, 0.145], abs=0.0005)
     assert lost[[7, 8]].tolist() == pytest.approx([2.2, 1.9], abs=0.05)
@@ -191,7 +191,7 @@ def test_fewer_members_and_more_images():
     assert len(cheap) == 4 and min(cheap) > 0.00105 and max(cheap) < 0.00305
     ninth = run_nine()["fidelity"].tolist()
     first, second, third, *cheap = manifest_fidelities(2, 4, 6, 7, 8, 9)
-    assert (round(first, 3), ninth[1]) == (0.966, 0.964) and second - ninth[3] == pytest.approx(-0.004, abs=0.0005)
+    assert (first, ninth[1]) == (0.9656, 0.964) and second - ninth[3] == pytest.approx(-0.004, abs=0.0005)
     assert third - ninth[5] == pytest.approx(0.0025, abs=0.0002)
     nearer = [now - before for now, before in zip(cheap, ninth[6:])]
     assert min(nearer) > 0.005 and max(nearer) == pytest.approx(0.021, abs=0.001)
@@ -224,7 +224,7 @@ def test_what_turns_are_worth():
     assert ahead == [[0.0017, 0.0107, 0.003], [0.0003, 0.0086, 0.0003]]
     lost = [(six - run[six.index]).round(4).tolist() for run in (third, sixth)]
     assert (min(lost[0]), max(lost[0])) == (0.0003, 0.0012)
-    assert lost[1][1] == 0 and all(0.0002 <= one <= 0.0004 for one in lost[1][:1] + lost[1][2:])
+    assert lost[1][1] == 0 and all(0.0003 <= one <= 0.0004 for one in lost[1][:1] + lost[1][2:])
     assert (third[next_cheaper[0]], sixth[next_cheaper[0]]) == (0.965, 0.9656)
     assert (third[next_cheaper[1]], sixth[next_cheaper[1]]) == (0.94, 0.9403)
     assert sixth.is_monotonic_decreasing  # and so are latencies, but for the two that take the same time
