@@ -147,7 +147,7 @@ def one_cycle(progress: float) -> float:
 
 
 def taking_part(step: int, every: Sequence[int]) -> tuple[int, ...]:
-    """Indices of the members that step number `step`, from 0, trains: those of one in n steps take turns."""
+    """Indices of the members that step number `step`, from 0, trains; those in turns begin one step after another."""
     turn, indices = 0, []
     for index, period in enumerate(every):
         if (step - turn) % period == 0:
