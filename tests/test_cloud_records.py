@@ -87,6 +87,8 @@ def test_speed():
     assert folded / apart == pytest.approx(1.27, abs=0.005) and apart < stems["stems in blocks"]
     two = of["graph, a stream a member, Muon, two H100; stems in blocks"]
     assert two > 1.7 * stems["stems in blocks"]
+    one, two = (of[f"graph, a stream a member, Muon, in turns, {count} H200"].item() for count in ("one", "two"))
+    assert two / one == pytest.approx(1.63, abs=0.005)
     muon, adamw = (of[f"graph, a stream a member, {name}one H100"].item() for name in ("Muon, ", "AdamW beside it, "))
     assert adamw / muon == pytest.approx(26 / 25, abs=0.01)
 
