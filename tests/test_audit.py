@@ -234,6 +234,8 @@ def test_what_the_book_says_of_resemblance():
             by_pairs = usual[study, method].xs(0.0, level="weight").unstack("pairs")
             both = by_pairs.dropna(subset=["0", "200"])
             assert len(both) and (both["200"] < both["0"]).all()
+    kept = usual.xs("piebridge_cached", level="method").xs(0.0, level="weight").unstack("pairs").dropna()
+    assert len(kept) and (kept["100"] < kept["0"]).any() and (kept["100"] > kept["0"]).any()
     ratio = usual.xs("random", level="method").xs("200", level="pairs") / usual.xs("piebridge", level="method").xs(
         "200", level="pairs")
     assert [ratio.dropna().min(), ratio.dropna().max()] == pytest.approx([1.4, 3.3], abs=0.05)
