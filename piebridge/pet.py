@@ -103,7 +103,8 @@ def cut_of(backbone: Backbone, pet: PetConfig) -> str:
 
 
 def _with_adapters(backbone: Backbone, prefix: nn.Sequential, suffix: nn.Sequential, pet: PetConfig) -> nn.Sequential:
-    latents = prefix(backbone.example().to(next(backbone.blocks.buffers()).device))
+    shape = prefix(backbone.example().to(next(prefix.buffers()).device)).shape
+    latents = torch.zeros(shape, device=next(suffix.parameters()).device)  # training may have moved the prefix alone
     parts: list[tuple[str, nn.Module]] = []
     for name, block in suffix.named_children():
         if name in backbone.body:

@@ -1,5 +1,7 @@
 """What is trained, exactly; and that what is new changes nothing at first."""
 
+import copy
+
 import pytest
 import torch
 from tiny import copied_state, random_backbone, random_images, same_tensors
@@ -129,3 +131,13 @@ def test_more_blocks_than_there_are():
 
 def test_suffix_evaluates():
     assert not any(module.training for kind in KINDS for module in parts_of("resnet18", kind).suffix.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_whose_prefix_is_on_another_device_is_cut_alike(kind):
+    backbone = copy.deepcopy(random_backbone("resnet18"))
+    pet = PetConfig(kind=kind, blocks=1)
+    before = split(backbone, pet, 5, seed=0).suffix
+    backbone.cut(cut_of(backbone, pet))[0].to("meta")  # as training moves the prefix, and only that, to a GPU
+    after = split(backbone, pet, 5, seed=0).suffix
+    assert same_tensors(after.state_dict(), before.state_dict())
