@@ -222,7 +222,7 @@ def split_accuracy(experiment: Experiment, plan: Plan, suffix: nn.Module, split:
         key = f"{plan.split.cut} {split}"
         if key not in experiment._test_latents:
             images = task.images[indices]
-            runner = prepare(plan.split.prefix, "eager", images[:1])
+            runner = prepare(plan.split.prefix, "eager", images[:1].to(device))
             parts = [latents_of(runner, batch.to(device)).cpu() for batch in images.split(64)]
             experiment._test_latents[key] = torch.cat(parts)
         known = experiment._test_latents[key]

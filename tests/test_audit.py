@@ -166,8 +166,9 @@ def test_what_the_book_says_of_the_committed_table():
         if -studies[study].loc[variant, "behind"] > studies[study].loc[variant, "half_width"]
     }
     assert ahead_of_it == pytest.approx({
-        ("best subnet", "dogsvscats_resnet18"): 0.245, ("highest loss", "dogsvscats_resnet18"): 0.21,
-        ("highest loss and predicted difficulty", "dogsvscats_resnet18"): 0.175,
+        ("best subnet", "dogsvscats_resnet18"): 0.32, ("highest loss", "dogsvscats_resnet18"): 0.245,
+        ("highest loss and predicted difficulty", "dogsvscats_resnet18"): 0.185,
+        ("drawn by loss", "dogsvscats_resnet18"): 0.205,
     }, abs=0.005)
     assert beyond("highest loss, latents kept") == {"caltech101_mobilenetv2"}
     kept = {study: rows.loc["highest loss, latents kept"] for study, rows in studies.items()}
@@ -191,10 +192,10 @@ def test_what_the_book_says_of_the_committed_table():
     assert all(load_study(study).routing.correction for study in studies)
     helped = {study: row["behind"] for study, row in switched.items() if row["behind"] > row["half_width"]}
     assert helped == pytest.approx({"dtd_resnet18": 0.725, "caltech101_resnet18": 0.1}, abs=0.01)
-    assert abs(switched["dogsvscats_resnet18"]["behind"]) < 0.02
+    assert abs(switched["dogsvscats_resnet18"]["behind"]) < 0.03
     lost = {study: -rows.loc["original", "behind"] for study, rows in studies.items()}
     assert lost == pytest.approx({
-        "dogsvscats_resnet18": 0.36, "dtd_resnet18": 0.87, "caltech101_resnet18": 0.5,
+        "dogsvscats_resnet18": 0.43, "dtd_resnet18": 0.87, "caltech101_resnet18": 0.5,
         "dogsvscats_mobilenetv2": 0.08, "dtd_mobilenetv2": 0.35, "caltech101_mobilenetv2": 0.22,
     }, abs=0.011)
     beyond_chance = {study for study, rows in studies.items() if lost[study] > rows.loc["original", "half_width"]}

@@ -251,16 +251,15 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
         assert 9 < seconds["pet"] / seconds["cached"] < 11.2
         faster[name] = seconds["pet"] / seconds["piebridge"]
     resnet = {name for name in studies if name.endswith("resnet18")}
-    assert {round(cached[name], 1) for name in resnet} == {1.8, 1.9, 2.1}
-    assert sorted(round(cached[name], 2) for name in set(studies) - resnet) == [1.35, 1.42, 1.5]
+    assert {round(cached[name], 1) for name in resnet} == {1.7, 1.8, 2.1}
+    assert sorted(round(cached[name], 2) for name in set(studies) - resnet) == [1.35, 1.42, 1.65]
     slowest, fastest = ([kind(faster[name] for name in names) for names in (resnet, set(studies) - resnet)]
                         for kind in (min, max))
-    assert slowest == pytest.approx([2.47, 1.99], abs=0.005) and fastest == pytest.approx([2.58, 2.14], abs=0.005)
+    assert slowest == pytest.approx([2.54, 2.12], abs=0.006) and fastest == pytest.approx([2.58, 2.14], abs=0.005)
     over = {name: share["piebridge"] for name, share in spent.items()}
-    assert over.pop("dtd_mobilenetv2") == pytest.approx(0.04, abs=0.0006)
-    assert over.pop("dogsvscats_resnet18") == pytest.approx(0.039, abs=0.0006)
+    assert over.pop("dogsvscats_resnet18") == pytest.approx(0.034, abs=0.0006)
     assert [min(over.values()), max(over.values())] == pytest.approx([-0.045, -0.008], abs=0.0006)
-    assert all(abs(share["random"]) < 0.03 for share in spent.values())
+    assert all(abs(share["random"]) < 0.04 for share in spent.values())
     own = [1 - rows["prefix_seconds"]["piebridge_cached"] / rows["train_seconds"]["piebridge_cached"]
            for name, rows in studies.items() if name not in resnet]
     assert [min(own), max(own)] == pytest.approx([0.335, 0.415], abs=0.005)
@@ -289,18 +288,18 @@ def test_what_the_book_says_of_another_machine():
     seconds, passes = other["train_seconds"], other["prefix_seconds"]
     images = other.loc["pet", "epochs"] * other.loc["pet", "train_images"]
     assert [1000 * rows["prefix_seconds"]["pet"] / images for rows in (other, here)] == pytest.approx(
-        [4.1, 2.0], abs=0.05
+        [4.1, 2.7], abs=0.05
     )
     assert seconds["pet"] / seconds["piebridge"] == pytest.approx(1.94, abs=0.005)
     assert seconds["cached"] / seconds["piebridge_cached"] == pytest.approx(1.18, abs=0.005)
-    assert here["train_seconds"]["cached"] / here["train_seconds"]["piebridge_cached"] == pytest.approx(1.5, abs=0.005)
+    assert here["train_seconds"]["cached"] / here["train_seconds"]["piebridge_cached"] == pytest.approx(1.65, abs=0.005)
     assert passes["piebridge"] / passes["pet"] / load_study("dtd_mobilenetv2").routing.cost - 1 == pytest.approx(
         0.057, abs=0.0005
     )
     assert seconds["piebridge_cached"] == pytest.approx(3.8, abs=0.05)
     assert 1 - passes["piebridge_cached"] / seconds["piebridge_cached"] == pytest.approx(0.5, abs=0.01)
     moved = other["test_accuracy"] - here["test_accuracy"]
-    assert moved.drop(["full", "resolution"]).abs().max() == 100 / other.loc["pet", "test_images"] == 0.25
+    assert moved.drop(["full", "resolution"]).abs().max() == 200 / other.loc["pet", "test_images"] == 0.5
     assert moved["full"] == -2.25
 
 
@@ -346,7 +345,7 @@ def test_what_full_training_brings():
         "dtd_resnet18": -0.25, "caltech101_resnet18": 2.2,
     }, abs=0.2)
     slower = [rows["train_seconds"]["full"] / rows["train_seconds"]["pet"] for rows in both.values()]
-    assert [min(slower), max(slower)] == pytest.approx([5.05, 9.57], abs=0.01)
+    assert [min(slower), max(slower)] == pytest.approx([5.05, 9.47], abs=0.01)
 
 
 def test_committed_history_is_of_the_committed_records():
@@ -372,3 +371,21 @@ def test_learning_rates_of_the_committed_studies_are_the_tuned_ones():
             assert len(tried) >= 2
             chosen = tried.loc[tried["learning_rate"] == rates[method], "val_accuracy"]
             assert chosen.item() == tried["val_accuracy"].max()
+
+
+def test_what_the_book_says_of_adapters():
+    runs = pd.read_csv(ROOT / "book" / "records" / "adapters.csv")
+    study = load_study("dtd_resnet18_adapter")
+    assert study.pet.kind == "adapter" and set(runs["study"]) == {study.name}
+    assert list(runs["method"].unique()) == list(study.training.methods)
+    assert (runs.groupby("method")["seed"].nunique() == 3).all() and not runs.duplicated(["method", "seed"]).any()
+    assert runs.groupby("method")["learning_rate"].unique().map(list).to_dict() == {
+        method: [rate] for method, rate in study.training.learning_rate.items()
+    }
+    accuracy, operations = (runs.groupby("method")[column].mean() for column in ("test_accuracy", "train_gmacs"))
+    below = accuracy["pet"] - accuracy
+    assert below["piebridge"] == pytest.approx(0.1, abs=0.05) and abs(below["piebridge"] - below["random"]) < 0.2
+    assert below["piebridge_cached"] - below["cached"] == pytest.approx(1.1, abs=0.05)
+    share = operations / operations["pet"]
+    assert share[["piebridge", "cached"]].tolist() == pytest.approx([0.69, 0.43], abs=0.005)
+    assert operations["piebridge_cached"] / operations["cached"] == pytest.approx(0.95, abs=0.005)
