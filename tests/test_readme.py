@@ -32,6 +32,25 @@ def test_the_table_of_the_readme_is_the_records():
         assert float(half_width) == pytest.approx(behind["half_width"], abs=0.006)
 
 
+def test_the_ranges_of_the_readme_are_the_records():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    def said(form):
+        return [float(number) for number in re.search(form, text).groups()]
+
+    runs, routes = read_table(RECORDS / "end_to_end.csv"), pd.read_csv(RECORDS / "routes.csv")
+    plain = runs[runs["regime"] == "plain"].pivot(index="study", columns="method", values="train_seconds")
+    saved = 100 * (1 - plain["piebridge"] / plain["pet"])
+    assert said(r"So (\d+) to (\d+) % of the time") == [round(saved.min()), round(saved.max())]
+    resnet = plain[plain.index.str.endswith("resnet18")]
+    kept = resnet["cached"] / resnet["piebridge_cached"]
+    assert said(r"subnet is ([\d.]+) to ([\d.]+) times") == [round(kept.min(), 1), round(kept.max(), 1)]
+    lost = [-compared(routes[routes["study"] == study], REFERENCE).loc["original", "behind"] for study in resnet.index]
+    assert said(r"loses ([\d.]+) to ([\d.]+) points with ResNet-18") == pytest.approx(
+        [min(lost), max(lost)], abs=0.006
+    )
+
+
 def test_the_commands_of_the_readme_are_there():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))

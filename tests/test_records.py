@@ -255,11 +255,16 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
     assert sorted(round(cached[name], 2) for name in set(studies) - resnet) == [1.35, 1.42, 1.65]
     slowest, fastest = ([kind(faster[name] for name in names) for names in (resnet, set(studies) - resnet)]
                         for kind in (min, max))
-    assert slowest == pytest.approx([2.54, 2.12], abs=0.006) and fastest == pytest.approx([2.58, 2.14], abs=0.005)
+    assert slowest == pytest.approx([2.54, 2.12], abs=0.005) and fastest == pytest.approx([2.58, 2.14], abs=0.005)
     over = {name: share["piebridge"] for name, share in spent.items()}
     assert over.pop("dogsvscats_resnet18") == pytest.approx(0.034, abs=0.0006)
     assert [min(over.values()), max(over.values())] == pytest.approx([-0.045, -0.008], abs=0.0006)
-    assert all(abs(share["random"]) < 0.04 for share in spent.values())
+    drawn = [abs(share["random"]) for share in spent.values()]
+    assert max(drawn) == pytest.approx(0.038, abs=0.0006)
+    memory = {name: rows["peak_memory_mib"]["piebridge"] / rows["peak_memory_mib"]["pet"]
+              for name, rows in studies.items()}
+    assert memory.pop("dtd_mobilenetv2") == pytest.approx(1.103, abs=0.0006)
+    assert [min(memory.values()), max(memory.values())] == pytest.approx([0.73, 0.85], abs=0.005)
     own = [1 - rows["prefix_seconds"]["piebridge_cached"] / rows["train_seconds"]["piebridge_cached"]
            for name, rows in studies.items() if name not in resnet]
     assert [min(own), max(own)] == pytest.approx([0.335, 0.415], abs=0.005)
@@ -384,7 +389,8 @@ def test_what_the_book_says_of_adapters():
     }
     accuracy, operations = (runs.groupby("method")[column].mean() for column in ("test_accuracy", "train_gmacs"))
     below = accuracy["pet"] - accuracy
-    assert below["piebridge"] == pytest.approx(0.1, abs=0.05) and abs(below["piebridge"] - below["random"]) < 0.2
+    assert below["piebridge"] == pytest.approx(0.1, abs=0.05) 
+    assert below["random"] - below["piebridge"] == pytest.approx(0.17, abs=0.005)
     assert below["piebridge_cached"] - below["cached"] == pytest.approx(1.1, abs=0.05)
     share = operations / operations["pet"]
     assert share[["piebridge", "cached"]].tolist() == pytest.approx([0.69, 0.43], abs=0.005)
