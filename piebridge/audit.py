@@ -1,9 +1,9 @@
 """The audit of routes: what each way of choosing an image's prefix is worth, at the same budget and over many seeds.
 
 Every variant is a method, or one with other routing parameters, and is trained by the one training loop. Only the
-latents come from elsewhere: each network runs once over all images, and afterwards its latents are looked up. So
-accuracies and counts of passes are those of real runs, but for the rounding that depends on which images share a pass,
-and seconds are not measured.
+latents come from elsewhere: each network runs once over all images, in the augmented regime over all that a seed shows
+of them, and afterwards its latents are looked up. So accuracies and counts of passes are those of real runs, but for
+the rounding that depends on which images share a pass, and seconds are not measured.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Study, StudyError
+from .config import KEEP_LATENTS, Study
 from .costs import Stopwatch
+from .crops import RandomViews
 from .engines import Runner
-from .experiment import open_experiment, split_accuracy
+from .experiment import open_experiment, split_accuracy, training_views
 from .latents import LatentSource
 from .methods import REGISTRY, Setting, fixed
 from .methods.setting import (
@@ -97,15 +98,21 @@ VARIANTS = (
 )
 
 
+def variants_of(study: Study) -> list[Variant]:
+    """Those that the study's regime allows."""
+    plain = study.training.regime == "plain"
+    return [variant for variant in VARIANTS if plain or variant.method not in KEEP_LATENTS]
+
+
 def audit(study: Study, seeds: Sequence[int]) -> pd.DataFrame:
-    """Train with every variant and seed.
+    """Train with every variant that the regime allows and every seed.
 
     Learning rates are the study's (`training.learning_rate`) of the method that a variant belongs to, or else the best
     of `training.learning_rates` on the validation split, by training on the training split alone. The oracle's is
     PieBridge's, unless the study names one.
 
     Args:
-        study: of the plain regime, with a family and its router.
+        study: with a family and its router.
         seeds: of heads, orders and draws.
 
     Returns:
@@ -114,31 +121,20 @@ def audit(study: Study, seeds: Sequence[int]) -> pd.DataFrame:
         last epoch).
 
     Raises:
-        StudyError: the study is of another regime, in which no latent can be looked up.
         StudyError, DataError, WeightsError, FamilyError: what the study needs is not there.
         ValueError: the budget does not pay for the cheap subnet.
     """
-    require_plain(study)
     runs = _Runs(study)
     rates = runs.learning_rates()
-    rows = []
-    for variant, seed in tqdm(list(product(VARIANTS, seeds)), desc=study.name, unit="run"):
+    variants, rows = variants_of(study), {}
+    for seed, variant in tqdm(list(product(seeds, variants)), desc=study.name, unit="run"):
         plan, outcome = runs.train(variant, seed, rates[variant.method], "test")
-        rows.append({
+        rows[variant, seed] = {
             "study": study.name, "dataset": study.data.name, "backbone": study.backbone.name, "variant": variant.name,
             "seed": seed, "cost": round(runs.cost(plan, outcome), 4), "learning_rate": rates[variant.method],
             "test_accuracy": round(outcome.history["accuracy"].iloc[-1], 4),
-        })
-    return pd.DataFrame(rows)
-
-
-def require_plain(study: Study) -> None:
-    """Raise a StudyError unless an image looks the same in every epoch."""
-    if study.training.regime != "plain":
-        raise StudyError(
-            f"{study.name}: training.regime is {study.training.regime}, but the audit looks latents up, which is exact "
-            "in the plain regime only"
-        )
+        }
+    return pd.DataFrame([rows[key] for key in product(variants, seeds)])
 
 
 class _Runs:
@@ -150,24 +146,37 @@ class _Runs:
 
     def __init__(self, study: Study) -> None:
         update = {"difficulty": study.routing.difficulty or DIFFICULTY}  # some variant asks the router
+        self.tuned = [method for method in TUNED if method in {variant.method for variant in variants_of(study)}]
         study = study.model_copy(update={
             "routing": study.routing.model_copy(update=update),
             "training": study.training.model_copy(update={
-                "methods": (*TUNED, "oracle"), "evaluate_every": study.training.epochs,
+                "methods": (*self.tuned, "oracle"), "evaluate_every": study.training.epochs,
             }),
         })
         self.study, self.experiment = study, open_experiment(study)
         setting = self.experiment.setting
         members = {cheap_route(setting), cached_route(setting), most_faithful(setting.family, study.routing.cost)}
         self.costs = {0: 1.0} | {member: expected_cost(setting, member) for member in sorted(members)}
-        self.setting = _looked_up(setting, list(self.costs), self.experiment.folder)
         self.router_cost = relative_router_cost(setting, setting.split().prefix)
+        self._settings: dict[Optional[int], _LookedUpSetting] = {}
+
+    def setting(self, seed: int) -> _LookedUpSetting:
+        """With the latents of all that this seed shows; in the plain regime that is the same for all seeds."""
+        augmented = self.study.training.regime == "augmented"
+        key = seed if augmented else None
+        if key not in self._settings:
+            self._settings.clear()  # a seed's views are many
+            views = training_views(self.experiment, seed) if augmented else None
+            self._settings[key] = _looked_up(
+                self.experiment.setting, list(self.costs), self.experiment.folder, views
+            )
+        return self._settings[key]
 
     def learning_rates(self) -> dict[str, float]:
         """By method; those that the study does not name are tuned, each on the first of its variants."""
         training, splits = self.study.training, self.experiment.task.splits
         chosen = dict(training.learning_rate)
-        missing = [method for method in TUNED if method not in chosen]
+        missing = [method for method in self.tuned if method not in chosen]
         reached: dict[str, dict[float, float]] = {method: {} for method in missing}
         tried = list(product(missing, training.learning_rates))
         for method, rate in tqdm(tried, desc=f"{self.study.name}, tuning", unit="run", disable=not tried):
@@ -186,23 +195,23 @@ class _Runs:
         """
         task = self.experiment.task
         labels = task.labels[torch.cat([task.splits["train"], task.splits["validation"]])][:count]
-        setting = replace(
-            self.setting, study=variant.study(self.study), images=self.setting.images[:count], seed=seed
-        )
+        known = self.setting(seed)
+        setting = replace(known, study=variant.study(self.study), images=known.images[:count], seed=seed)
         torch.manual_seed(seed)
         plan = (variant.plan or REGISTRY[variant.method])(setting)
 
         def evaluate(suffix: nn.Module) -> dict[str, float]:
             return {"accuracy": split_accuracy(self.experiment, plan, suffix, split)}
 
-        outcome = fit(
-            plan, setting.images, labels, self.study.training, learning_rate, seed, evaluate, description=""
-        )
+        images = setting.images
+        if self.study.training.regime == "augmented":
+            images = _ViewNumbers(len(images), len(known.images))
+        outcome = fit(plan, images, labels, self.study.training, learning_rate, seed, evaluate, description="")
         return plan, outcome
 
     def cost(self, plan: Plan, outcome: Outcome) -> float:
         """Mean cost of a latent relative to the original's: all passes, the pairs' and the router's among them."""
-        count = len(self.setting.images)
+        count = len(self.experiment.setting.images)
         spent = sum(images * self.costs[member] for member, images in outcome.computed.items())
         spent += count * self.router_cost if "router" in plan.seconds else 0.0
         return spent / (count * self.study.training.epochs)
@@ -212,7 +221,10 @@ class _Runs:
 
 
 class _LookedUpSetting(Setting):
-    """A setting whose images are their numbers, int64 (N,), and whose networks look up what is known of them."""
+    """A setting whose images are their numbers, int64 (N,), and whose networks look up what is known of them.
+
+    In the augmented regime view i of epoch e, from 0, has the number (e + 1) N + i.
+    """
 
     by_clock = False  # looking up takes no time
 
@@ -220,8 +232,50 @@ class _LookedUpSetting(Setting):
         return {index: self.family.networks[index] for index in networks}, 0.0
 
 
+class _AllViews:
+    """All that a seed shows, by number: the images as they are tested, uint8 (N, 3, H, W), then each epoch's views."""
+
+    def __init__(self, images: Tensor, views: RandomViews, epochs: int) -> None:
+        self.images, self.views, self.epochs, self.shown = images, views, epochs, 0
+
+    def __len__(self) -> int:
+        return (1 + self.epochs) * len(self.images)
+
+    def __getitem__(self, numbers: Tensor) -> Tensor:
+        """Those of one epoch, int64 (B,)."""
+        epoch = int(numbers[0]) // len(self.images)
+        if not epoch:
+            return self.images[numbers]
+        if self.shown != epoch:
+            self.shown = epoch
+            self.views.start(epoch - 1)
+        return self.views[numbers % len(self.images)]
+
+
+class _ViewNumbers(RandomViews):
+    """In the views' place: their numbers.
+
+    Args:
+        count: images that are trained on, the first ones.
+        total: images, N.
+    """
+
+    def __init__(self, count: int, total: int) -> None:
+        self.count, self.total = count, total
+        self.start(0)
+
+    def start(self, epoch: int) -> None:
+        self.first = (epoch + 1) * self.total
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return self.first + indices
+
+
 class _KnownMember(nn.Module):
-    """In a member's place: numbers of images, int64 (B,), to the member's latents."""
+    """In a member's place: numbers of images or views, int64 (B,), to the member's latents."""
 
     def __init__(self, source: LatentSource, route: int) -> None:
         super().__init__()
@@ -243,21 +297,28 @@ class _KnownRouter:
         return self.known[indices]
 
 
-def _looked_up(setting: Setting, members: list[int], folder: Path) -> _LookedUpSetting:
-    """The setting with latents of these members computed for all of its images.
+def _looked_up(
+    setting: Setting, members: list[int], folder: Path, views: Optional[RandomViews] = None
+) -> _LookedUpSetting:
+    """The setting with latents of these members computed for all of its images, and for all views that are shown.
 
     Latents above `data.memory_mib` a member are kept in a file in `folder`.
     """
     study, training, family = setting.study, setting.study.training, setting.family
     networks = {0: setting.split().prefix} | {index: family.networks[index] for index in members if index}
     runners, _ = setting.runners(networks)
+    seen: Union[Tensor, _AllViews] = setting.images
+    if views is not None:
+        seen = _AllViews(setting.images, views, training.epochs)
     source = LatentSource(
-        setting.images, runners, training.prefix_batch, training.device, Stopwatch(training.device), cached=True,
+        seen, runners, training.prefix_batch, training.device, Stopwatch(training.device), cached=True,
         memory_mib=study.data.memory_mib, scratch=folder,
     )
     known = [_KnownMember(source, index) for index in range(len(family))]
     indices = torch.arange(len(setting.images))
-    passes = list(product(members, indices.split(training.window)))
+    epochs = torch.arange(len(seen)).split(len(indices))
+    windows = [window for epoch in epochs for window in epoch.split(training.window)]
+    passes = list(product(members, windows))
     for member, window in tqdm(passes, desc=f"{study.name}, latents", unit="window"):
         known[member](window)
     kept = {"images": indices, "family": Family(family.manifest, known)}

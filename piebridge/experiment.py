@@ -179,9 +179,7 @@ def _run_one(
     splits = ("train",) if hold_out else ("train", "validation")
     indices = torch.cat([task.splits[name] for name in splits])
     images = task.images[indices] if hold_out else experiment.setting.images
-    seen = images
-    if task.larger is not None:
-        seen = RandomViews(task.larger, indices, study.backbone.resolution, study.training.crop_area, seed)
+    seen = images if task.larger is None else training_views(experiment, seed, splits)
     (place / "record.json").unlink(missing_ok=True)
     place.mkdir(parents=True, exist_ok=True)
     setting = replace(experiment.setting, images=images, seed=seed)
@@ -209,6 +207,15 @@ def _run_one(
     _keep(experiment, plan, outcome, record, place)
     checkpoint.remove()
     return record
+
+
+def training_views(
+    experiment: Experiment, seed: int, splits: tuple[str, ...] = ("train", "validation")
+) -> RandomViews:
+    """What a run of this seed sees of the images of these splits, in the augmented regime."""
+    study, task = experiment.study, experiment.task
+    indices = torch.cat([task.splits[name] for name in splits])
+    return RandomViews(task.larger, indices, study.backbone.resolution, study.training.crop_area, seed)
 
 
 def split_accuracy(experiment: Experiment, plan: Plan, suffix: nn.Module, split: str) -> float:

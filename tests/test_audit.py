@@ -1,5 +1,6 @@
 """The audit of routes: every variant trains, at its cost, and looking latents up changes nothing."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,11 +10,11 @@ import pytest
 import torch
 from tiny import ROOT, copied_state, same_tensors, tiny_study
 
-from piebridge.audit import REFERENCE, VARIANTS, _Runs, audit
-from piebridge.config import Study, StudyError, load_study
-from piebridge.experiment import split_accuracy
+from piebridge.audit import REFERENCE, VARIANTS, _Runs, audit, variants_of
+from piebridge.config import KEEP_LATENTS, Study, load_study
+from piebridge.experiment import split_accuracy, training_views
 from piebridge.methods import REGISTRY
-from piebridge.methods.setting import cheap_route, expected_cost
+from piebridge.methods.setting import cheap_route, expected_cost, relative_router_cost
 from piebridge.records import compared
 from piebridge.training import fit
 
@@ -31,6 +32,11 @@ def table(tiny):
 def runs(tiny):
     """Passes of one image, so that a latent cannot depend on those computed beside it."""
     return _Runs(tiny_study("training.prefix_batch=1"))
+
+
+@pytest.fixture(scope="module")
+def augmented_runs(tiny):
+    return _Runs(tiny_study("training.prefix_batch=1 training.regime=augmented"))
 
 
 def test_a_row_a_variant_and_seed(table):
@@ -61,7 +67,7 @@ def test_cost_by_hand(runs):
     """90 images, 3 epochs, 10 pairs."""
     cheap, count, epochs, pairs = runs.costs[2], 90, 3, 10
     plan, outcome = runs.train(BY_NAME["cheap subnet"], 0, 0.01, "test")
-    assert len(runs.setting.images) == count
+    assert len(runs.setting(0).images) == count
     assert runs.cost(plan, outcome) == pytest.approx((epochs * count * cheap + pairs) / (epochs * count))
     plan, outcome = runs.train(BY_NAME["highest predicted difficulty"], 0, 0.01, "test")
     originals = round((outcome.history["original_share"] * count).sum())
@@ -72,9 +78,8 @@ def test_cost_by_hand(runs):
     assert runs.cost(plan, outcome) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
-def test_looking_up_changes_no_bit(runs, name):
-    """The same method, seed and rate on the images themselves, nothing cached."""
+def assert_same_as_real(runs, name):
+    """The same method, seed and rate on the images or views themselves, nothing cached."""
     variant, experiment = BY_NAME[name], runs.experiment
     plan, outcome = runs.train(variant, 1, 0.01, "test")
     task = experiment.task
@@ -82,7 +87,8 @@ def test_looking_up_changes_no_bit(runs, name):
     torch.manual_seed(1)
     real = (variant.plan or REGISTRY[variant.method])(setting)
     labels = task.labels[torch.cat([task.splits["train"], task.splits["validation"]])]
-    computed = fit(real, setting.images, labels, runs.study.training, 0.01, 1, lambda suffix: {}).computed
+    seen = setting.images if task.larger is None else training_views(experiment, 1)
+    computed = fit(real, seen, labels, runs.study.training, 0.01, 1, lambda suffix: {}).computed
     assert real.cached == (variant.method == "piebridge_cached")
     assert setting.images.dim() == 4
     assert same_tensors(copied_state(plan.split.suffix), copied_state(real.split.suffix))
@@ -90,17 +96,47 @@ def test_looking_up_changes_no_bit(runs, name):
     assert outcome.computed == computed
 
 
+@pytest.mark.parametrize("name", BY_NAME)
+def test_looking_up_changes_no_bit(runs, name):
+    assert_same_as_real(runs, name)
+
+
+@pytest.mark.parametrize("name", [name for name, variant in BY_NAME.items() if variant.method not in KEEP_LATENTS])
+def test_looking_views_up_changes_no_bit(augmented_runs, name):
+    assert_same_as_real(augmented_runs, name)
+
+
+def test_cost_of_the_router_wherever_the_prefix_is(runs):
+    setting = runs.experiment.setting
+    prefix = copy.deepcopy(setting.split().prefix)
+    assert relative_router_cost(setting, prefix.to("meta")) == runs.router_cost > 0
+
+
 def test_each_latent_is_computed_once(runs):
-    source = runs.setting.family.networks[0].source
+    source = runs.setting(0).family.networks[0].source
     before = dict(source.computed)
     runs.train(BY_NAME["lowest similarity"], 0, 0.01, "test")
-    assert source.computed == before == dict.fromkeys(runs.costs, len(runs.setting.images))
+    assert runs.setting(1) is runs.setting(0)
+    assert source.computed == before == dict.fromkeys(runs.costs, len(runs.setting(0).images))
+
+
+def test_each_seed_has_views_of_its_own_besides_the_images_as_they_are(augmented_runs):
+    runs, epochs = augmented_runs, augmented_runs.study.training.epochs
+    kept = {}
+    for seed in (0, 1):
+        known = runs.setting(seed).family.networks[0]
+        count = len(runs.setting(seed).images)
+        assert known.source.computed == dict.fromkeys(runs.costs, (1 + epochs) * count)
+        kept[seed] = known(torch.arange((1 + epochs) * count)).view(1 + epochs, count, -1)
+    assert torch.equal(kept[0][0], kept[1][0])
+    for one, other in ((kept[0][1:], kept[1][1:]), (kept[0][1], kept[0][2])):  # crops of small images agree at times
+        assert (one == other).all(dim=-1).float().mean() < 0.1
 
 
 def test_adapters_have_latents_that_are_maps(tiny):
     runs = _Runs(tiny_study("pet.kind=adapter pet.bottleneck=4 cloud.family=auto routing.cost=0.6"))
     plan, outcome = runs.train(BY_NAME[REFERENCE], 0, 0.01, "test")
-    assert runs.setting.family.networks[0](torch.arange(2)).dim() == 4
+    assert runs.setting(0).family.networks[0](torch.arange(2)).dim() == 4
     assert runs.cost(plan, outcome) == pytest.approx(0.6, rel=0.02)
 
 
@@ -112,9 +148,12 @@ def test_rates_that_the_study_does_not_name_are_tuned(tiny):
     assert rates["piebridge"] == rates["oracle"] == 0.01
 
 
-def test_the_augmented_regime_is_refused(tiny):
-    with pytest.raises(StudyError, match=r"tiny: training\.regime is augmented"):
-        audit(tiny_study("training.regime=augmented"), (0,))
+def test_nothing_is_kept_in_the_augmented_regime(tiny):
+    study = tiny_study("training.regime=augmented training.epochs=2")
+    table = audit(study, (0, 1))
+    names = [variant.name for variant in variants_of(study)]
+    assert set(BY_NAME) - set(names) == {"highest loss, latents kept"}
+    assert list(zip(table["variant"], table["seed"])) == [(name, seed) for name in names for seed in (0, 1)]
 
 
 def test_committed_table_is_whole():
@@ -320,8 +359,8 @@ def test_command_keeps_the_rows_of_other_studies(tiny, table, tmp_path):
 def test_command_refuses_before_it_trains(tmp_path):
     output = tmp_path / "routes.csv"
     study = str(ROOT / "tests" / "tiny.yaml")
-    ended = command(study, "--set", "training.regime=augmented", "--output", str(output))
+    ended = command(study, "--set", "routing.subnet=99", "--output", str(output))
     assert ended.returncode == 2
-    assert "training.regime" in ended.stderr
+    assert "routing.subnet: 99" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not output.exists()

@@ -89,6 +89,10 @@ def test_speed():
     assert two > 1.7 * stems["stems in blocks"]
     one, two = (of[f"graph, a stream a member, Muon, in turns, {count} H200"].item() for count in ("one", "two"))
     assert two / one == pytest.approx(1.63, abs=0.005)
+    larger = rates["resnet18", 1024, 9]
+    for how, ratio in (("in turns", 1.79), ("in turns, norms folded, last fifth", 1.75)):
+        on_one, on_two = (larger[f"graph, a stream a member, Muon, {how}, {count} H200"] for count in ("one", "two"))
+        assert on_two / on_one == pytest.approx(ratio, abs=0.005)
     alone = rates["resnet18", 256, 9].filter(like="in turns").sort_values()  # Muon, AdamW
     assert alone.iloc[0] / one == pytest.approx(0.84, abs=0.005)
     assert 1 - alone.iloc[0] / alone.iloc[1] == pytest.approx(0.1, abs=0.01)

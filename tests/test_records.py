@@ -276,7 +276,6 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
     passes = {name: 1000 * studies[name].loc["pet", "prefix_seconds"] / 12 / studies[name].loc["pet", "train_images"]
               for name in resnet}
     assert list(passes.values()) == pytest.approx([5.3] * 3, abs=0.05)
-    table = records.read_table(ROOT / "book" / "records" / "end_to_end.csv")
 
 
 def test_what_the_book_says_of_another_machine():
@@ -368,7 +367,8 @@ def test_learning_rates_of_the_committed_studies_are_the_tuned_ones():
         rates = load_study(study).training.learning_rate
         runs = table[table["study"] == study]
         assert set(zip(runs["method"], runs["learning_rate"])) <= set(rates.items())
-        assert rates.get("cached", rates["pet"]) == rates["pet"]  # the same training on the same latents, so not tuned again
+        # the same training on the same latents, so not tuned again
+        assert rates.get("cached", rates["pet"]) == rates["pet"]
         for method, tried in rows.groupby("method"):
             assert len(tried) >= 2
             chosen = tried.loc[tried["learning_rate"] == rates[method], "val_accuracy"]

@@ -150,7 +150,7 @@ def shared_plan(
 def relative_router_cost(setting: Setting, prefix: nn.Module) -> float:
     """Multiply-accumulates of the router's pass over an image, relative to those of the original prefix."""
     example = setting.backbone.example()
-    prefix_macs = costs.macs(prefix, example.to(setting.study.training.device))
+    prefix_macs = costs.macs(prefix, example.to(next(prefix.parameters()).device))
     return costs.macs(setting.router.body, example) / prefix_macs
 
 
