@@ -453,13 +453,13 @@ def test_what_the_book_says_of_the_augmented_regime_by_the_clock():
 def test_what_the_book_says_of_choices_in_the_augmented_regime():
     table = pd.read_csv(ROOT / "book" / "records" / "augmented_choice.csv")
     assert table["half_width"].min() == 0.2 and table["half_width"].max() == pytest.approx(1.5, abs=0.05)
-    kept, both = "residuals remembered", "difficulty measured, residuals remembered"
+    kept, both = "residuals", "residuals, difficulty"
     gains, more = {}, 0
     for study, rows in table.groupby("study"):
         near, points = (rows.pivot(index="subnet", columns="how", values=name) for name in ("divergence", "above_pet"))
-        assert (near[kept] < near["correction alone"]).all()
-        assert (near[both] < near["difficulty measured, correction alone"]).drop(4).all()
-        gains[study] = (points[kept] > points["correction alone"]).sum()
+        assert (near[kept] < near["correction"]).all()
+        assert (near[both] < near["correction, difficulty"]).drop(4).all()
+        gains[study] = (points[kept] > points["correction"]).sum()
         more += (points[both] > points[kept]).sum()
         routing = load_study(study).routing
         assert routing.residuals and routing.measured_difficulty == 0.3
@@ -470,7 +470,7 @@ def test_what_the_book_says_of_choices_in_the_augmented_regime():
             assert points[both].idxmax() == routing.subnet
         assert bool((near[both] < near[kept]).drop(4).all()) == study.startswith("caltech")
         if study.startswith("dtd"):
-            assert near.loc[9, kept] < near.loc[9, "correction alone"] / 2
+            assert near.loc[9, kept] < near.loc[9, "correction"] / 2
     assert [gains[f"{name}_resnet18_augmented"] for name in ("dtd", "caltech101", "dogsvscats")] == [5, 4, 1]
     assert more == 10 > 15 / 2
 
