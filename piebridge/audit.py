@@ -41,7 +41,6 @@ from .subnets import Family
 from .training import Outcome, Plan, fit
 
 DIFFICULTY = 1.0  # its weight beside the loss, if the study gives it none
-TUNED = ("pet", "fixed", "random", "piebridge", "piebridge_cached")  # methods whose learning rates the variants have
 
 
 @dataclass(frozen=True)
@@ -141,16 +140,20 @@ class _Runs:
     """A study made ready, each of its latents computed at most once.
 
     Attributes:
+        methods: of the variants that the study's regime allows.
+        augmented: whether that is the augmented one.
         costs: of a latent of each member that some variant needs, relative to the original's.
+        router_cost: of the router's pass over an image, likewise.
     """
 
     def __init__(self, study: Study) -> None:
         update = {"difficulty": study.routing.difficulty or DIFFICULTY}  # some variant asks the router
-        self.tuned = [method for method in TUNED if method in {variant.method for variant in variants_of(study)}]
+        self.methods = tuple(dict.fromkeys(variant.method for variant in variants_of(study)))
+        self.augmented = study.training.regime == "augmented"
         study = study.model_copy(update={
             "routing": study.routing.model_copy(update=update),
             "training": study.training.model_copy(update={
-                "methods": (*self.tuned, "oracle"), "evaluate_every": study.training.epochs,
+                "methods": self.methods, "evaluate_every": study.training.epochs,
             }),
         })
         self.study, self.experiment = study, open_experiment(study)
@@ -162,11 +165,10 @@ class _Runs:
 
     def setting(self, seed: int) -> _LookedUpSetting:
         """With the latents of all that this seed shows; in the plain regime that is the same for all seeds."""
-        augmented = self.study.training.regime == "augmented"
-        key = seed if augmented else None
+        key = seed if self.augmented else None
         if key not in self._settings:
             self._settings.clear()  # a seed's views are many
-            views = training_views(self.experiment, seed) if augmented else None
+            views = training_views(self.experiment, seed) if self.augmented else None
             self._settings[key] = _looked_up(
                 self.experiment.setting, list(self.costs), self.experiment.folder, views
             )
@@ -176,7 +178,7 @@ class _Runs:
         """By method; those that the study does not name are tuned, each on the first of its variants."""
         training, splits = self.study.training, self.experiment.task.splits
         chosen = dict(training.learning_rate)
-        missing = [method for method in self.tuned if method not in chosen]
+        missing = [method for method in self.methods if method not in chosen and method != "oracle"]
         reached: dict[str, dict[float, float]] = {method: {} for method in missing}
         tried = list(product(missing, training.learning_rates))
         for method, rate in tqdm(tried, desc=f"{self.study.name}, tuning", unit="run", disable=not tried):
@@ -204,7 +206,7 @@ class _Runs:
             return {"accuracy": split_accuracy(self.experiment, plan, suffix, split)}
 
         images = setting.images
-        if self.study.training.regime == "augmented":
+        if self.augmented:
             images = _ViewNumbers(len(images), len(known.images))
         outcome = fit(plan, images, labels, self.study.training, learning_rate, seed, evaluate, description="")
         return plan, outcome

@@ -29,7 +29,8 @@ class LatentSource:
     """Computes, remembers and corrects latents.
 
     Args:
-        images: uint8, shape (N, 3, H, W): the training images, on the CPU; or views of them, which are not cached.
+        images: uint8, shape (N, 3, H, W): the training images, on the CPU; or what gives them by their numbers like
+            such a tensor. `RandomViews`, which are others in each epoch, must not be cached.
         runners: what runs each member of the family that routes point to, by its index; 0 is the original.
         batch_size: images a pass; what is left of a group goes in smaller ones.
         device: where latents are wanted.

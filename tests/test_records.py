@@ -368,8 +368,8 @@ def test_learning_rates_of_the_committed_studies_are_the_tuned_ones():
         rates = load_study(study).training.learning_rate
         runs = table[table["study"] == study]
         assert set(zip(runs["method"], runs["learning_rate"])) <= set(rates.items())
-        # the same training on the same latents, so not tuned again
-        assert rates.get("cached", rates["pet"]) == rates["pet"]
+        if load_study(study).training.regime == "plain":
+            assert rates["cached"] == rates["pet"]  # the same training on the same latents, so not tuned again
         for method, tried in rows.groupby("method"):
             assert len(tried) >= 2
             chosen = tried.loc[tried["learning_rate"] == rates[method], "val_accuracy"]
@@ -417,7 +417,7 @@ def test_what_the_book_says_of_a_deep_cut_by_the_clock():
         assert rows["learning_rate"].to_dict().items() <= load_study(study).training.learning_rate.items()
         assert passes["pet"] / seconds["pet"] == pytest.approx(share, abs=0.005)
         assert seconds["pet"] / (seconds["pet"] - passes["pet"]) == pytest.approx(limit, abs=0.05)
-        assert seconds["pet"] / seconds["piebridge"] == pytest.approx(faster, abs=0.006)
+        assert seconds["pet"] / seconds["piebridge"] == pytest.approx(faster, abs=0.005)
         assert seconds["pet"] / seconds["cached"] == pytest.approx(kept, abs=0.05)
         assert seconds["piebridge_cached"] > seconds["cached"] and passes["piebridge_cached"] < passes["cached"]
         assert [steps.min(), steps.max()] == pytest.approx([shortest, longest], abs=0.6)
@@ -437,6 +437,7 @@ def test_what_the_book_says_of_the_augmented_regime_by_the_clock():
     }
     studies = augmented_studies()
     assert set(studies) == set(expected)
+    left, each = [], []
     times = sorted(rows["train_seconds"]["pet"] / rows["train_seconds"]["piebridge"] for rows in studies.values())
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"{times[0]:.1f} to {times[-1]:.1f} times faster than `pet` with ResNet-18, 0.50 points" in readme
@@ -448,6 +449,10 @@ def test_what_the_book_says_of_the_augmented_regime_by_the_clock():
         assert passes["piebridge"] / passes["pet"] / study.routing.cost - 1 == pytest.approx(over, abs=0.0006)
         assert seconds["piebridge"] - passes["piebridge"] == pytest.approx(own, abs=0.05)
         assert seconds["pet"] / (seconds["pet"] - passes["pet"]) == pytest.approx(limit, abs=0.5)
+        left.append(seconds["pet"] - passes["pet"])
+        each.append(1000 * passes["pet"] / 12 / rows.loc["pet", "train_images"])
+    assert [min(left), max(left)] == pytest.approx([1.8, 8.1], abs=0.05)
+    assert [min(each), max(each)] == pytest.approx([5.4, 5.7], abs=0.05)
 
 
 def test_what_the_book_says_of_choices_in_the_augmented_regime():
@@ -494,6 +499,7 @@ def test_what_the_book_says_of_routes_in_the_augmented_regime():
     assert told("original") == [(-0.25, 1.22), (-0.5, 0.37), (0.03, 0.3)]
     assert told("drawn uniformly") == [(0.65, 0.56), (0.34, 0.28), (0.17, 0.45)]
     assert [value for value, _ in told("best subnet")] == [1.2, 0.42, 0.43] and told("best subnet")[0][1] == 2.05
+    assert told("best subnet, correction switched")[1] == (0.16, 0.5)
     clear = behind > spread
     assert clear.loc["best subnet", ["dogsvscats", "caltech101"]].all()
     assert [value for value, _ in told("highest priority, correction switched")] == [1.85, 0.16, 0.33]
