@@ -31,7 +31,6 @@ from .methods.setting import (
     cached_route,
     cheap_route,
     expected_cost,
-    most_faithful,
     relative_router_cost,
     shared_plan,
 )
@@ -158,7 +157,10 @@ class _Runs:
         })
         self.study, self.experiment = study, open_experiment(study)
         setting = self.experiment.setting
-        members = {cheap_route(setting), cached_route(setting), most_faithful(setting.family, study.routing.cost)}
+        members = {cheap_route(setting), cached_route(setting)} | {
+            fixed.best_route(replace(setting, study=variant.study(study)))
+            for variant in variants_of(study) if variant.method == "fixed"
+        }
         self.costs = {0: 1.0} | {member: expected_cost(setting, member) for member in sorted(members)}
         self.router_cost = relative_router_cost(setting, setting.split().prefix)
         self._settings: dict[Optional[int], _LookedUpSetting] = {}

@@ -287,8 +287,9 @@ class RoutingConfig(Section):
         True, description="Whether piebridge_cached corrects too, where `correction` is on; its pairs come out of "
         "`cached_cost`."
     )
-    pairs: Annotated[int, Field(ge=2)] = Field(
-        100, description="Images put through both networks in the first epoch to fit the correction."
+    pairs: Union[Annotated[int, Field(ge=2)], Literal["all"]] = Field(
+        100, description="Images put through both networks in the first epoch to fit the correction; all: every "
+        "training image, and in the plain regime the map then fits these as closely as it can, see `Correction`."
     )
     refit_pairs: Annotated[int, Field(ge=0)] = Field(
         0, description="New pairs gathered, at most, in every later epoch to refit the correction."
@@ -297,6 +298,12 @@ class RoutingConfig(Section):
         True, description="In the augmented regime, pair all images of the original's share and remember what their "
         "corrected latents missed. Never in the plain one, where the latents themselves could be kept (`cached`)."
     )
+
+    def paired(self, count: int) -> int:
+        """How many of so many training images are pairs of the correction in the first epoch; none without it."""
+        if not self.correction:
+            return 0
+        return count if self.pairs == "all" else min(self.pairs, count)
 
 
 class ElasticConfig(Section):

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Choice = Literal["drawn", "highest", "random"]
+IN_SAMPLE = 1e-6  # the same where the pairs are all that will be corrected: against rounding only
 SHRINKAGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, relative to the first pairs' summed variance
 UNSEEN = 0.3  # what an image that the original has not seen is ahead of others, in ranks of the loss (0 to 1)
 POSITIONS = 16  # of a map or token sequence, drawn for each pair when a correction is fitted
@@ -43,9 +44,18 @@ class Correction:
     It is fitted anew when there are half as many pairs again as in its last fit, which bounds what fitting takes.
     Its strength is chosen by generalised cross-validation over the first pairs (scikit-learn's RidgeCV) and kept: what
     the pairs must overrule does not grow with their number.
+
+    Where the latents to come are those of the pairs themselves, nothing has to be generalised: the nearer the map
+    brings them to the original's, the better, and least squares brings them nearest.
+
+    Args:
+        seed: of the positions that are drawn.
+        in_sample: the pairs are all that will be corrected. Maps and sequences, of which only some positions are
+            seen, are corrected as ever.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, in_sample: bool = False) -> None:
+        self.in_sample = in_sample
         self.generator = torch.Generator().manual_seed(seed)
         self.pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.maps: dict[int, tuple[Tensor, Tensor]] = {}
@@ -56,6 +66,7 @@ class Correction:
         """Keep pairs of latents, shape (B, ...), of the same images."""
         cheap, original = _channels_last(cheap), _channels_last(original)
         if cheap.dim() == 3:
+            self.in_sample = False
             drawn = [torch.randperm(cheap.shape[1], generator=self.generator)[:POSITIONS] for _ in cheap]
             positions = torch.stack(drawn).unsqueeze(2).to(cheap.device)
             cheap, original = (side.take_along_dim(positions, 1).flatten(0, 1) for side in (cheap, original))
@@ -69,15 +80,21 @@ class Correction:
         self.fitted[route] = count
         cheap, original = (torch.cat(side) for side in zip(*self.pairs[route]))
         # regressing the difference shrinks the map to the identity
+        if self.in_sample:  # small singular values count here
+            cheap, original = cheap.double(), original.double()
         inputs, difference = cheap.numpy(), (original - cheap).numpy()
         with threadpool_limits(1, user_api="blas"):  # helpers of the BLAS would spin on into the passes that follow
             if route not in self.strengths:
                 scale = max(len(cheap) * cheap.var(0).mean().item(), 1e-12)
-                chosen = RidgeCV(alphas=[share * scale for share in SHRINKAGES]).fit(inputs, difference)
-                self.strengths[route] = float(chosen.alpha_)
+                self.strengths[route] = IN_SAMPLE * scale
+                if not self.in_sample:
+                    chosen = RidgeCV(alphas=[share * scale for share in SHRINKAGES]).fit(inputs, difference)
+                    self.strengths[route] = float(chosen.alpha_)
             ridge = Ridge(self.strengths[route], solver="cholesky").fit(inputs, difference)
         weight = torch.from_numpy(ridge.coef_).float().T + torch.eye(cheap.shape[1])
         self.maps[route] = (weight, torch.from_numpy(ridge.intercept_).float())
+        if self.in_sample:
+            del self.pairs[route]  # no other will come, and no image's latents are to be kept
 
     def state(self) -> dict[str, Any]:
         """Pairs, maps and generator, for a checkpoint; maps in the layout they have, on which rounding depends."""

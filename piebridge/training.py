@@ -141,7 +141,8 @@ def fit(
     parameters = [suffix.get_parameter(name) for name in trained]
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=config.momentum, fused=True)
     stopwatch = costs.Stopwatch(device)
-    correction = Correction(seed) if plan.corrected else None
+    in_sample = plan.policy.pairs >= count and not isinstance(images, RandomViews)
+    correction = Correction(seed, in_sample) if plan.corrected else None
     residuals = Residuals(count) if plan.remembers else None
     source = LatentSource(
         images, plan.runners, config.prefix_batch, device, stopwatch, plan.cached, correction, memory_mib, scratch,

@@ -11,6 +11,7 @@ from piebridge import costs, subnets
 from piebridge.checkpoints import Checkpoint
 from piebridge.cloud import free_family
 from piebridge.config import METHODS
+from piebridge.crops import RandomViews
 from piebridge.methods import NEEDS_FAMILY, REGISTRY, choose_side
 from piebridge.methods.oracle import true_similarity
 from piebridge.methods.setting import cheap_route, most_faithful
@@ -141,6 +142,43 @@ def test_difficulty_is_measured_in_the_first_epoch_and_paid(tiny):
     assert REGISTRY["random"](setting).measured is None
     assert REGISTRY["oracle"](setting).measured is None
     assert REGISTRY["piebridge_cached"](setting).measured is None
+
+
+@pytest.mark.parametrize("method", ["fixed", "random", "resolution", "piebridge"])
+def test_a_map_fitted_to_all_images_makes_up_for_a_subnet(method):
+    """13 images have fewer latents than the embedded network has channels, so corrected ones are the original's."""
+    def trained(method, overrides="", views=False):
+        always = "routing.subnet=4 routing.difficulty=0 routing.cost=0.6 routing.pairs=all"
+        bare = bare_setting(random_backbone("embedded"), f"{always} {overrides}")
+        setting = dataclasses.replace(bare, family=free_family(bare.study, bare.backbone))
+        plan, training = REGISTRY[method](setting), setting.study.training
+        images = RandomViews(setting.images, torch.arange(13), 32, 0.9, 0) if views else setting.images
+        fit(plan, images, LABELS, training, 0.05, 0, lambda suffix: {})
+        return plan.split.suffix.head.weight.detach()
+
+    def apart(one, other):
+        return (one - other).norm() / trained("pet").norm()
+
+    assert apart(trained(method), trained("pet")) < 1e-3
+    assert apart(trained(method, "routing.pairs=12"), trained("pet")) > 1e-2
+    other_views = "training.regime=augmented"
+    assert apart(trained(method, other_views, views=True), trained("pet", other_views, views=True)) > 1e-2
+
+
+def test_pairs_are_paid_from_the_budget_of_fixed(settings):
+    manifest = settings["head"].family.manifest
+    facts = tuple(member.model_copy(update={"relative_latency": None}) for member in manifest.subnets)
+    family = Family(manifest.model_copy(update={"subnets": facts}), settings["head"].family.networks)
+
+    def chosen(overrides):
+        study = tiny_study(f"training.epochs=4 {overrides}")
+        return REGISTRY["fixed"](dataclasses.replace(settings["head"], study=study, family=family)).policy.route
+
+    assert family.relative_macs[1] == 0.5625 and family.relative_macs[2] == 0.25
+    assert chosen("routing.cost=0.6 routing.correction=false") == 1
+    assert chosen("routing.cost=0.6 routing.pairs=2") == 2  # of 13 images in 4 epochs: 0.038
+    assert chosen("routing.cost=0.6 routing.pairs=all") == 2
+    assert chosen("routing.cost=0.85 routing.pairs=all") == 1
 
 
 def test_kept_latents_need_not_be_corrected_where_others_are(tiny):

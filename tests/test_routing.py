@@ -115,6 +115,46 @@ def test_a_fit_leaves_no_other_thread_of_the_blas_busy(monkeypatch):
     assert seen and set(seen) == {1}
 
 
+def test_in_sample_the_correction_is_least_squares():
+    cheap, original = pairs_of(40, channels=6)
+    correction = Correction(0, in_sample=True)
+    correction.add(1, cheap[:15], original[:15])
+    correction.add(1, cheap[15:], original[15:])
+    correction.fit(1)
+    known = np.c_[cheap.double().numpy(), np.ones(40)]
+    solution = np.linalg.lstsq(known, original.double().numpy(), rcond=None)[0]
+    np.testing.assert_allclose(correction.apply(1, cheap).numpy(), known @ solution, rtol=1e-3, atol=1e-3)
+    generalising = Correction(0)
+    generalising.add(1, cheap, original)
+    generalising.fit(1)
+    left = [(map.apply(1, cheap) - original).square().mean().item() for map in (correction, generalising)]
+    assert left[0] < left[1]
+
+
+def test_in_sample_no_more_images_than_channels_are_met_exactly_and_then_forgotten():
+    cheap, original = pairs_of(6, channels=8)
+    correction = Correction(0, in_sample=True)
+    correction.add(1, cheap, original)
+    correction.fit(1)
+    torch.testing.assert_close(correction.apply(1, cheap), original, rtol=1e-3, atol=1e-3)
+    assert not correction.pairs
+    again = Correction(1, in_sample=True)
+    again.restore(correction.state())
+    assert torch.equal(again.apply(1, cheap), correction.apply(1, cheap))
+
+
+def test_positions_that_were_not_drawn_must_be_generalised_to():
+    generator = torch.Generator().manual_seed(0)
+    cheap, original = (torch.rand(3, 5, 6, 6, generator=generator) for _ in range(2))
+    maps = []
+    for in_sample in (False, True):
+        correction = Correction(0, in_sample)
+        correction.add(1, cheap, original)
+        correction.fit(1)
+        maps.append(correction.apply(1, cheap))
+    assert torch.equal(*maps)
+
+
 def test_correction_of_exact_latents_is_the_identity():
     cheap, _ = pairs_of()
     correction = Correction(0)

@@ -25,7 +25,8 @@ class Watched:
     """A policy that remembers which images were trained on, in order, and their losses."""
 
     def __init__(self, policy):
-        self.policy, self.route, self.seen, self.losses, self.epochs = policy, policy.route, [], [], []
+        self.policy, self.route, self.pairs = policy, policy.route, policy.pairs
+        self.seen, self.losses, self.epochs = [], [], []
 
     def plan(self, epoch, order):
         self.seen.append([])

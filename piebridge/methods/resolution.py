@@ -15,7 +15,7 @@ def plan(setting: Setting) -> Plan:
     parts = setting.split()
     networks = {0: parts.prefix, 1: lower_prefix(setting, parts.prefix, setting.side)}
     runners, seconds = setting.runners(networks)
-    policy = FixedRoute(1, min(routing.pairs, len(setting.images)) if routing.correction else 0, f"{setting.side} px")
+    policy = FixedRoute(1, routing.paired(len(setting.images)), f"{setting.side} px")
     return Plan(
         parts, networks, runners, policy, corrected=routing.correction,
         seconds={"engine": seconds + setting.side_seconds},

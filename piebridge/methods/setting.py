@@ -125,7 +125,7 @@ def shared_plan(
         router_cost = relative_router_cost(setting, parts.prefix)
     corrected = routing.correction and (routing.cached_correction or not cached)
     remembers = corrected and routing.residuals and study.training.regime == "augmented"
-    pairs, refit = (routing.pairs, routing.refit_pairs) if corrected else (0, 0)
+    pairs, refit = (routing.paired(count), routing.refit_pairs) if corrected else (0, 0)
     if measured is not None:
         pairs = count
     if remembers or (cached and corrected):  # what is remembered is a pair; what is kept makes one for nothing
@@ -217,7 +217,7 @@ def choose_side(setting: Setting) -> Setting:
         return _timed_cost(setting, prefix, network)[1]
 
     sides = range(backbone.resolution_step, backbone.resolution, backbone.resolution_step)
-    paired = min(routing.pairs, count) / (study.training.epochs * count) if routing.correction else 0.0
+    paired = routing.paired(count) / (study.training.epochs * count)
     affordable = bisect.bisect_right(sides, routing.cost - paired, key=relative_cost)
     if not affordable:
         raise ValueError(
