@@ -252,31 +252,49 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
         assert 9 < seconds["pet"] / seconds["cached"] < 11.2
         faster[name] = seconds["pet"] / seconds["piebridge"]
     resnet = {name for name in studies if name.endswith("resnet18")}
-    assert {round(cached[name], 1) for name in resnet} == {1.7, 1.8, 2.1}
     assert sorted(round(cached[name], 2) for name in set(studies) - resnet) == [1.35, 1.42, 1.65]
     slowest, fastest = ([kind(faster[name] for name in names) for names in (resnet, set(studies) - resnet)]
                         for kind in (min, max))
-    assert slowest == pytest.approx([2.54, 2.12], abs=0.005) and fastest == pytest.approx([2.58, 2.14], abs=0.005)
+    assert slowest == pytest.approx([2.57, 2.12], abs=0.005) and fastest == pytest.approx([2.61, 2.14], abs=0.005)
     over = {name: share["piebridge"] for name, share in spent.items()}
-    assert over.pop("dogsvscats_resnet18") == pytest.approx(0.034, abs=0.0006)
-    assert [min(over.values()), max(over.values())] == pytest.approx([-0.045, -0.008], abs=0.0006)
+    assert over.pop("dogsvscats_resnet18") == pytest.approx(0.045, abs=0.0006)
+    assert sorted(over.pop(name) for name in resnet & set(over)) == pytest.approx([0.001, 0.002], abs=0.0006)
+    assert [min(over.values()), max(over.values())] == pytest.approx([-0.045, -0.023], abs=0.0006)
     drawn = [abs(share["random"]) for share in spent.values()]
     assert max(drawn) == pytest.approx(0.038, abs=0.0006)
     memory = {name: rows["peak_memory_mib"]["piebridge"] / rows["peak_memory_mib"]["pet"]
               for name, rows in studies.items()}
     assert memory.pop("dtd_mobilenetv2") == pytest.approx(1.103, abs=0.0006)
-    assert [min(memory.values()), max(memory.values())] == pytest.approx([0.73, 0.85], abs=0.005)
+    assert [min(memory.values()), max(memory.values())] == pytest.approx([0.69, 1.04], abs=0.005)
     own = [1 - rows["prefix_seconds"]["piebridge_cached"] / rows["train_seconds"]["piebridge_cached"]
            for name, rows in studies.items() if name not in resnet]
     assert [min(own), max(own)] == pytest.approx([0.335, 0.415], abs=0.005)
     rows, routing = studies["caltech101_mobilenetv2"]["prefix_seconds"], load_study("caltech101_mobilenetv2").routing
     spent_kept = 12 * rows["piebridge_cached"] / rows["pet"] / routing.cached_cost
     assert routing.cached_cost == 0.6 and spent_kept == pytest.approx(1.05, abs=0.005)
-    assert behind.pop("dtd_resnet18") == -1.25 == -5 * 100 / studies["dtd_resnet18"]["test_images"]["fixed"]
-    assert min(behind.values()) > 0 and behind["caltech101_resnet18"] == pytest.approx(8.4, abs=0.06)
+    for names, expected in ((resnet, [0.35, 1.0]), (set(studies) - resnet, [1.2, 5.0])):
+        gaps = [behind[name] for name in names]
+        assert [min(gaps), max(gaps)] == pytest.approx(expected, abs=0.01)
     passes = {name: 1000 * studies[name].loc["pet", "prefix_seconds"] / 12 / studies[name].loc["pet", "train_images"]
               for name in resnet}
-    assert list(passes.values()) == pytest.approx([5.3] * 3, abs=0.05)
+    assert [min(passes.values()), max(passes.values())] == pytest.approx([5.3, 5.4], abs=0.05)
+
+
+def test_what_the_book_says_of_kept_latents_run_in_turn():
+    table = pd.read_csv(ROOT / "book" / "records" / "kept_seconds.csv")
+    assert table["commit"].nunique() == 1 and not table["commit"].str.endswith("+").any()
+    assert table.groupby("study", sort=False)["repeat"].nunique().tolist() == [5, 5, 3]
+    pairs = table.pivot(index=["study", "repeat"], columns="method", values="train_seconds")
+    ratios = pairs["cached"] / pairs["piebridge_cached"]
+    assert [ratios.min(), ratios.max()] == pytest.approx([1.62, 1.96], abs=0.005)
+    studies = ["dtd_resnet18", "dogsvscats_resnet18", "caltech101_resnet18"]
+    medians = pairs.groupby("study").median()
+    assert (medians["cached"] / medians["piebridge_cached"])[studies].tolist() == pytest.approx(
+        [1.87, 1.85, 1.89], abs=0.005
+    )
+    runs = committed_plain_studies()
+    once = [runs[study].loc[["cached", "piebridge_cached"], "train_seconds"].tolist() for study in studies]
+    assert [cached / kept for cached, kept in once] == pytest.approx([1.59, 1.75, 1.81], abs=0.005)
 
 
 def test_what_the_book_says_of_another_machine():
@@ -314,7 +332,7 @@ def test_what_the_book_says_of_rivals_that_train_the_backbone():
     both = set(study.training.methods) & set(usual.training.methods)
     assert both == {"pet", "cached", "random", "piebridge", "full"}
     assert study.training.learning_rate["full"] == usual.training.learning_rate["full"]
-    assert study.routing.cost == usual.routing.cost
+    assert study.routing.cost == 0.38
     assert (study.routing.subnet, study.routing.correction, study.routing.measured_difficulty) == (8, False, 1)
     assert not runs["commit"].str.endswith("+").any()
     seconds, accuracy = runs["train_seconds"], runs["test_accuracy"]
@@ -347,7 +365,7 @@ def test_what_full_training_brings():
         "dtd_resnet18": -0.25, "caltech101_resnet18": 2.2,
     }, abs=0.2)
     slower = [rows["train_seconds"]["full"] / rows["train_seconds"]["pet"] for rows in both.values()]
-    assert [min(slower), max(slower)] == pytest.approx([5.05, 9.47], abs=0.01)
+    assert [min(slower), max(slower)] == pytest.approx([5.36, 9.47], abs=0.01)
 
 
 def test_committed_history_is_of_the_committed_records():
