@@ -15,7 +15,7 @@ from piebridge.config import KEEP_LATENTS, Study, load_study
 from piebridge.experiment import split_accuracy, training_views
 from piebridge.methods import REGISTRY
 from piebridge.methods.setting import cheap_route, expected_cost, relative_router_cost
-from piebridge.records import compared
+from piebridge.records import compared, paired_difference
 from piebridge.training import fit
 
 COLUMNS = ["study", "dataset", "backbone", "variant", "seed", "cost", "learning_rate", "test_accuracy"]
@@ -246,6 +246,42 @@ def test_what_the_book_says_of_the_committed_table():
     assert gained == pytest.approx({
         "dtd_resnet18": -0.27, "caltech101_resnet18": -0.04, "dogsvscats_resnet18": 0.07,
     }, abs=0.006)
+
+
+def test_what_the_book_says_of_small_budgets():
+    table = pd.read_csv(ROOT / "book" / "records" / "budgets.csv")
+    routes = pd.read_csv(ROOT / "book" / "records" / "routes.csv").set_index(["study", "variant", "seed"]).sort_index()
+    below, spread, chance = {}, {}, {}
+    for study, rows in table.groupby("study"):
+        original = rows[rows["variant"] == "original"].set_index("seed")["test_accuracy"]
+        own = load_study(study).routing.cost
+        for (budget, variant), reached in rows[rows["variant"] != "original"].groupby(["budget", "variant"]):
+            reached = reached.set_index("seed")["test_accuracy"]
+            assert len(reached) == len(original) == (5 if study.startswith("caltech") else 10)
+            if budget == own:  # as in the audit
+                audited = routes.loc[(study, variant), "test_accuracy"]
+                assert (reached - audited).abs().max() < 1e-9
+            if variant == "highest priority":
+                below[study, budget], spread[study, budget] = paired_difference(original, reached)
+            if variant == "drawn uniformly" and budget == 0.21:
+                priority = rows[(rows["budget"] == 0.21) & (rows["variant"] == "highest priority")]
+                chance[study] = paired_difference(priority.set_index("seed")["test_accuracy"], reached)
+    dtd, dogs, caltech = "dtd_resnet18", "dogsvscats_resnet18", "caltech101_resnet18"
+    assert [below[study, 0.21] for study in (dtd, dogs, caltech)] == pytest.approx([0.0, 0.23, 0.76], abs=0.006)
+    assert [spread[study, 0.21] for study in (dtd, dogs, caltech)] == pytest.approx([0.51, 0.19, 0.14], abs=0.006)
+    assert [below[caltech, budget] for budget in (0.37, 0.3, 0.25)] == pytest.approx([0.15, 0.29, 0.51], abs=0.006)
+    for study, lowest, highest in ((dogs, 0.18, 0.24), (dtd, 0.0, 0.6)):
+        values = [value for (name, _), value in below.items() if name == study]
+        assert [min(values), max(values)] == pytest.approx([lowest, highest], abs=0.006)
+    assert len(chance) == 3 and all(abs(difference) < width for difference, width in chance.values())
+    seconds = pd.read_csv(ROOT / "book" / "records" / "budget_seconds.csv")
+    by_method = seconds.pivot(index="study", columns="method", values=["train_seconds", "prefix_seconds"])
+    whole, passes = by_method["train_seconds"], by_method["prefix_seconds"]
+    faster = (whole["pet"] / whole["piebridge"])[[dtd, dogs]]
+    assert faster.tolist() == pytest.approx([4.58, 4.48], abs=0.006)
+    assert (12 * passes["cached"] / passes["pet"]).tolist() == pytest.approx([1, 1], abs=1 / 40)
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"0.21 is {faster.min():.1f} to {faster.max():.1f} times faster than `pet` on DTD-10 and Dogs" in readme
 
 
 def test_what_the_book_says_of_resemblance():
