@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn import functional
 
 Choice = Literal["drawn", "highest", "random"]
-IN_SAMPLE = 1e-6  # the same where the pairs are all that will be corrected: against rounding only
 SHRINKAGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, relative to the first pairs' summed variance
+IN_SAMPLE = 1e-6  # likewise, where the pairs are all that will be corrected: against rounding only
 UNSEEN = 0.3  # what an image that the original has not seen is ahead of others, in ranks of the loss (0 to 1)
 POSITIONS = 16  # of a map or token sequence, drawn for each pair when a correction is fitted
 
@@ -64,6 +64,8 @@ class Correction:
 
     def add(self, route: int, cheap: Tensor, original: Tensor) -> None:
         """Keep pairs of latents, shape (B, ...), of the same images."""
+        if self.in_sample and route in self.maps:
+            return  # fitted to all that there is
         cheap, original = _channels_last(cheap), _channels_last(original)
         if cheap.dim() == 3:
             self.in_sample = False
@@ -94,7 +96,7 @@ class Correction:
         weight = torch.from_numpy(ridge.coef_).float().T + torch.eye(cheap.shape[1])
         self.maps[route] = (weight, torch.from_numpy(ridge.intercept_).float())
         if self.in_sample:
-            del self.pairs[route]  # no other will come, and no image's latents are to be kept
+            del self.pairs[route]  # no image's latents are to be kept
 
     def state(self) -> dict[str, Any]:
         """Pairs, maps and generator, for a checkpoint; maps in the layout they have, on which rounding depends."""

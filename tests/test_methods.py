@@ -146,7 +146,7 @@ def test_difficulty_is_measured_in_the_first_epoch_and_paid(tiny):
 
 @pytest.mark.parametrize("method", ["fixed", "random", "resolution", "piebridge"])
 def test_a_map_fitted_to_all_images_makes_up_for_a_subnet(method):
-    """13 images have fewer latents than the embedded network has channels, so corrected ones are the original's."""
+    """13 images are fewer than the latents' channels, so that corrected latents are the original's."""
     def trained(method, overrides="", views=False):
         always = "routing.subnet=4 routing.difficulty=0 routing.cost=0.6 routing.pairs=all"
         bare = bare_setting(random_backbone("embedded"), f"{always} {overrides}")

@@ -141,6 +141,10 @@ def test_in_sample_no_more_images_than_channels_are_met_exactly_and_then_forgott
     again = Correction(1, in_sample=True)
     again.restore(correction.state())
     assert torch.equal(again.apply(1, cheap), correction.apply(1, cheap))
+    for _ in range(3):  # pairs of the originals' share, in later epochs: they are known already
+        again.add(1, cheap[:4] + 1, original[:4])
+        again.fit(1)
+    assert not again.pairs and torch.equal(again.apply(1, cheap), correction.apply(1, cheap))
 
 
 def test_positions_that_were_not_drawn_must_be_generalised_to():
