@@ -3,7 +3,8 @@
 Algorithm (importance routing). Let c be the cheap subnet's relative cost and C the budget.
 
 1. First epoch: the first P images of the shuffled order go through the original and the subnet; a ridge map from the
-   subnet's latents to the original's is fitted on these pairs. All others get the subnet, corrected by the map.
+   subnet's latents to the original's is fitted on these pairs. All others get the subnet, corrected by the map. (If
+   all images are pairs and look the same in every epoch, the map need not generalise, see `Correction`.)
 2. Every later epoch: the share q of the images with the highest priority goes to the original, the rest to the
    subnet. An image's priority is the rank of its last loss, plus `UNSEEN` if the original has not seen it yet, plus
    `difficulty` times the rank of the difficulty that the router read off it. Both ways are open in every epoch: an
