@@ -131,6 +131,34 @@ def generate(arguments: argparse.Namespace) -> None:
     _print_members(family.manifest)
 
 
+def extend(arguments: argparse.Namespace) -> None:
+    """Add subnets to a family, or put them in the place of others; all that it has otherwise stays as it is."""
+    from accelerate import PartialState
+
+    from .backbones import load_backbone
+    from .checkpoints import Checkpoint
+    from .cloud import extend_family, learn_router
+    from .data import load_cloud
+    from .pet import cut_of
+    from .router import save_router
+    from .subnets import load_family, save_family
+
+    study = load_study(arguments.study, arguments.set)
+    backbone, output = load_backbone(study.backbone), arguments.output
+    family = load_family(arguments.family, backbone, cut_of(backbone, study.pet))
+    images = load_cloud(study)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = output.parent / f".{output.name}-{study.fingerprint()}.alignment.safetensors"
+    family, history = extend_family(study, backbone, images, family, arguments.like, arguments.replace, checkpoint)
+    if not PartialState().is_main_process:
+        return
+    save_family(family, output)
+    records.write_table(output / "extension.csv", history)
+    save_router(learn_router(study, backbone, family, images.train), study.router, output)
+    Checkpoint(checkpoint).remove()
+    _print_members(family.manifest)
+
+
 def measure(arguments: argparse.Namespace) -> None:
     """Measure the latencies of a family again, on this machine, and write them into its manifest."""
     from tqdm import tqdm
@@ -217,14 +245,17 @@ def main() -> int:
     """Run a command; bad input ends with a message and status 2."""
     parser = argparse.ArgumentParser(prog="python -m piebridge", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for function in (check, summary, generate, measure, transfer):
+    for function in (check, summary, generate, extend, measure, transfer):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.add_argument("study", help="a study of params/, by name or path")
         command.add_argument("--set", default="", help='overrides, for example "training.epochs=3 seed=1"')
         command.set_defaults(run=function)
-        if function is generate:
-            command.add_argument("--output", type=Path, required=True, help="folder of the family")
-        if function in (measure, transfer):
+        if function in (generate, extend):
+            command.add_argument("--output", type=Path, required=True, help="folder that the family is written to")
+        if function is extend:
+            command.add_argument("--like", type=int, required=True, help="the subnet that new ones are copies of")
+            command.add_argument("--replace", type=int, nargs="+", default=[], help="subnets that are left out instead")
+        if function in (extend, measure, transfer):
             command.add_argument("--family", type=Path, required=True, help="folder of the family")
         if function is measure:
             command.add_argument("--processes", type=int, default=5, help="what counts is the median of so many")

@@ -21,7 +21,7 @@ from . import costs, records
 from .alignment import align
 from .backbones import Backbone, load_backbone, take_apart
 from .config import CloudConfig, Study, SubnetSpec, build_folder, project_root
-from .cutting import Cut, cut_set
+from .cutting import Cut, cut_set, cut_sibling
 from .data import CloudImages, load_cloud
 from .embedded import SmallResNet
 from .pet import cut_of
@@ -30,7 +30,9 @@ from .subnets import (
     PREFIX_BATCH,
     Family,
     FamilyError,
+    extended,
     fidelity,
+    in_common,
     latents_of,
     load_family,
     make_family,
@@ -146,9 +148,7 @@ def generate_family(
         The family (on the CPU, from dear to cheap, latencies measured on this machine's CPU) and the alignment's
         history as `align` gives it.
     """
-    config, device, started = study.cloud, torch.device(study.cloud.device), records.provenance()
-    if device.type == "cuda":
-        device = PartialState().device  # under torchrun each process has its own
+    config, device, started = study.cloud, _cloud_device(study), records.provenance()
     original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(cut_of(backbone, study.pet)))
     sample = _spread(images.train, 64).to(device)
     cuts = [cut for spec in config.subnets for cut in cut_set(original, spec, sample, config)]
@@ -156,20 +156,86 @@ def generate_family(
         [cut.network for cut in cuts], original, tail, images.train, backbone.resolution, config, study.seed,
         checkpoint, [cut.every for cut in cuts],
     )
-    provenance = {
+    provenance = _provenance(study, started, images) | _throughput(history, original, cuts, sample[:1], device)
+    family = make_family(backbone, cut_of(backbone, study.pet), original, cuts, provenance)
+    return _measured(family, images, device), history
+
+
+def extend_family(
+    study: Study, backbone: Backbone, images: CloudImages, family: Family, like: int, replaced: Sequence[int] = (),
+    checkpoint: Optional[Path] = None,
+) -> tuple[Family, pd.DataFrame]:
+    """Add subnets to a family that is there already, whose own ones stay as they are.
+
+    Each begins as a copy of one of them at another side, stride or kernel (`cloud.subnets`). What that one has in
+    common with others of its set stays as it is, aligned for them; the rest is aligned.
+
+    Args:
+        study, backbone, images, checkpoint: as for `generate_family`.
+        family: loaded, on the CPU; stays untouched.
+        like: index of the subnet that the new ones are copies of at first.
+        replaced: indices of subnets that they take the place of.
+
+    Returns:
+        As `generate_family`. Latencies and fidelities of all members are measured anew, so that they are of one
+        machine and of the same images.
+
+    Raises:
+        ValueError: `like` or `replaced` does not fit the family, or `cloud.subnets` asks for other channels or blocks.
+    """
+    config, device, started = study.cloud, _cloud_device(study), records.provenance()
+    original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(family.manifest.cut))
+    leader, blocks = in_common(family, like)
+    facts = family.manifest.subnets[like]
+    inherited = {"width": facts.width, "widths": facts.widths, "depth": facts.depth, "resolution": facts.resolution,
+                 "stem_strides": (facts.stem_stride,) if facts.stem_stride else ()}
+    cuts = [
+        Cut(
+            SubnetSpec.model_validate(inherited | spec.model_dump(exclude_defaults=True)),
+            cut_sibling(family.networks[like], spec, blocks), facts.removed, family.networks[leader], blocks,
+        )
+        for spec in config.subnets
+    ]
+    extended(family, cuts, replaced, backbone)  # what does not fit is said before the work
+    history = align(
+        [cut.network for cut in cuts], original, tail, images.train, backbone.resolution, config, study.seed, checkpoint
+    )
+    added = {"like": like, "replaced": list(replaced)} | _provenance(study, started, images)
+    added |= _throughput(history, original, cuts, _spread(images.train, 1).to(device), device)
+    for cut in cuts:
+        cut.network.cpu().requires_grad_(False)
+    family = extended(family, cuts, replaced, backbone)
+    before = family.manifest.provenance
+    provenance = before | {"extensions": [*before.get("extensions", []), added]}
+    family = Family(family.manifest.model_copy(update={"provenance": provenance}), family.networks)
+    return _measured(family, images, device), history
+
+
+def _cloud_device(study: Study) -> torch.device:
+    """The device that the study names; under torchrun each process has its own GPU."""
+    device = torch.device(study.cloud.device)
+    return PartialState().device if device.type == "cuda" else device
+
+
+def _provenance(study: Study, started: dict, images: CloudImages) -> dict:
+    config = study.cloud
+    on_gpu = torch.device(config.device).type == "cuda"
+    return {
         **started, "study": study.name, "steps": config.steps, "batch_size": config.batch_size,
         "images": len(images.train), "held_out": len(images.held_out),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else records.processor_name(),
+        "device": torch.cuda.get_device_name() if on_gpu else records.processor_name(),
         "devices": PartialState().num_processes,
-        **_throughput(history, original, cuts, sample[:1], device),
     }
-    family = make_family(backbone, cut_of(backbone, study.pet), original, cuts, provenance)
+
+
+def _measured(family: Family, images: CloudImages, device: torch.device) -> Family:
+    """The family on the CPU, with fidelities measured on the device and latencies on the CPU."""
+    for network in family.networks:
+        network.to(device)
     family = with_fidelity(family, images.held_out.to(device))
     for network in family.networks:
         network.cpu()
-    if PartialState().is_main_process:
-        family = measure_latencies(family, images.held_out[:PREFIX_BATCH])
-    return family, history
+    return measure_latencies(family, images.held_out[:PREFIX_BATCH]) if PartialState().is_main_process else family
 
 
 def try_out(study: Study, backbone: Backbone, images: CloudImages, config: CloudConfig) -> pd.DataFrame:

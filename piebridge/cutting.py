@@ -103,7 +103,7 @@ def cut_subnet(
     with torch.no_grad():
         latents = prefix(images)
     subnet = copy.deepcopy(prefix)
-    _change_input(subnet, spec)
+    change_input(subnet, spec)
     candidates = removable_blocks(prefix)
     unknown = sorted(set(spec.without) - set(candidates))
     if unknown:
@@ -194,13 +194,39 @@ def cut_set(
     blocks = _common_blocks(leader, spec)
     for other in specs[1:]:
         network = copy.deepcopy(leader)
-        _change_input(network, other)
+        change_input(network, other)
         tie(network, leader, shared_tensors(network, blocks))
         cuts.append(Cut(other, network, removed, leader, blocks, *other.every))
     for cut in cuts:  # last, so that each is resampled from the backbone's own kernel
         for side in cut.spec.stem_kernels:
             set_stem_kernel(cut.network, side)
     return cuts
+
+
+def cut_sibling(member: nn.Sequential, spec: SubnetSpec, blocks: Sequence[str]) -> nn.Sequential:
+    """A copy of an aligned subnet for another side, stride or kernel, not aligned to it yet.
+
+    Args:
+        member: stays untouched.
+        spec: its resolution, stem_strides and stem_kernels are used, where given.
+        blocks: whose dense convolutions and latent map stay as they are: alignment may train all else.
+
+    Raises:
+        ValueError: `spec` asks for other channels or blocks than the member's, or several sides.
+    """
+    own = spec.model_dump(exclude_defaults=True).keys() - {"resolution", "stem_strides", "stem_kernels"}
+    if own:
+        raise ValueError(
+            f"{min(own)}: a subnet that is added has the channels and blocks of the one it is like; give its "
+            "resolution, stem_strides and stem_kernels, and nothing else"
+        )
+    sibling = copy.deepcopy(member).requires_grad_(True)
+    change_input(sibling, spec)
+    for name in shared_tensors(sibling, blocks):
+        sibling.get_parameter(name).requires_grad_(False)
+    for side in spec.stem_kernels:
+        set_stem_kernel(sibling, side)
+    return sibling
 
 
 def _common_blocks(leader: nn.Sequential, spec: SubnetSpec) -> tuple[str, ...]:
@@ -218,7 +244,8 @@ def _common_blocks(leader: nn.Sequential, spec: SubnetSpec) -> tuple[str, ...]:
     return blocks
 
 
-def _change_input(subnet: nn.Sequential, spec: SubnetSpec) -> None:
+def change_input(subnet: nn.Sequential, spec: SubnetSpec) -> None:
+    """Give a network the side of its input and the stride of its first convolution that a specification asks for."""
     if spec.resolution is not None:
         subnet.input = subnet.input.at(spec.resolution)
     for stride in spec.stem_strides:

@@ -114,6 +114,7 @@ def save_router(router: Router, config: RouterConfig, folder: Path) -> None:
     partial = folder / ".router.safetensors"
     tensors = {key: value.contiguous() for key, value in router.state_dict().items()}
     save_file(tensors, partial, metadata={"router": json.dumps(sizes)})
+    partial.chmod(0o644)  # the library makes files that only their owner can read
     partial.replace(folder / "router.safetensors")
 
 

@@ -172,21 +172,86 @@ def make_family(backbone: Backbone, cut: str, prefix: nn.Module, cuts: Sequence[
     original = Cut(SubnetSpec(), prefix, ())  # first even if a subnet of a larger image is dearer
     cuts = _led_by_the_dearest([original, *sorted(cuts, key=lambda cut: -macs[id(cut.network)])])
     networks = [cut.network.requires_grad_(False) for cut in cuts]
+    places = {id(network): place for place, network in enumerate(networks)}
     facts = tuple(
-        SubnetFacts(
-            file=None, sha256=None, width=cut.spec.width, widths=cut.spec.widths, depth=cut.spec.depth,
-            resolution=cut.spec.resolution or backbone.resolution,
-            stem_stride=next(iter(cut.spec.stem_strides), None), removed=cut.removed, shared=cut.shared,
-            shares_with=None if cut.leader is None else [id(network) for network in networks].index(id(cut.leader)),
-            relative_macs=macs[id(cut.network)] / macs[id(prefix)],
-        )
-        for cut in cuts
+        _facts(cut, backbone, macs[id(cut.network)] / macs[id(prefix)], places.get(id(cut.leader))) for cut in cuts
     )
     manifest = Manifest(
         backbone=backbone.name, weights_fingerprint=backbone.fingerprint, cut=cut, resolution=backbone.resolution,
         subnets=facts, provenance=provenance,
     )
     return Family(manifest, networks)
+
+
+def _facts(cut: Cut, backbone: Backbone, relative_macs: float, shares_with: Optional[int]) -> SubnetFacts:
+    return SubnetFacts(
+        file=None, sha256=None, width=cut.spec.width, widths=cut.spec.widths, depth=cut.spec.depth,
+        resolution=cut.spec.resolution or backbone.resolution,
+        stem_stride=next(iter(cut.spec.stem_strides), None), removed=cut.removed, shared=cut.shared,
+        shares_with=shares_with, relative_macs=relative_macs,
+    )
+
+
+def in_common(family: Family, index: int) -> tuple[int, tuple[str, ...]]:
+    """What a subnet that is added beside another one would share: the index of the leader, and the blocks.
+
+    Args:
+        family: stays untouched.
+        index: of a subnet; what it has in common with its own leader, or with those it leads, or, if it stands alone,
+            all dense convolutions.
+
+    Raises:
+        ValueError: there is no such subnet, or it is the original.
+    """
+    members = family.manifest.subnets
+    if not 0 < index < len(members):
+        raise ValueError(f"no subnet {index} in the family: its subnets are 1 to {len(members) - 1}")
+    if members[index].shares_with:
+        return members[index].shares_with, members[index].shared
+    led = next((facts.shared for facts in members if facts.shares_with == index), None)
+    return index, led or tuple(name for name, _ in family.networks[index].named_children())
+
+
+def extended(family: Family, cuts: Sequence[Cut], replaced: Sequence[int], backbone: Backbone) -> Family:
+    """A family with more subnets, whose own ones stay as they are but for their places.
+
+    Args:
+        family: stays untouched; on the CPU.
+        cuts: to be added; each one's leader is a network of the family, and its weights in `shared` are the leader's.
+        replaced: indices of subnets that are left out.
+        backbone: what the family is of.
+
+    Raises:
+        ValueError: one that is left out is not there or leads others, or one that is added is no cheaper than its
+            leader.
+    """
+    members, example = family.manifest.subnets, backbone.example()
+    for index in replaced:
+        if not 0 < index < len(members):
+            raise ValueError(f"no subnet {index} in the family: its subnets are 1 to {len(members) - 1}")
+    left = [index for index in range(len(members)) if index not in replaced]
+    leaders = {members[index].shares_with for index in left} | {family.networks.index(cut.leader) for cut in cuts}
+    for index in replaced:
+        if index in leaders:
+            raise ValueError(f"subnet {index} cannot be left out: its file has layers that others share with it")
+    original = costs.macs(family.networks[0], example)
+    entries = [(members[index], family.networks[index], members[index].shares_with) for index in left]
+    for cut in cuts:
+        leader = family.networks.index(cut.leader)
+        relative_macs = costs.macs(cut.network, example) / original
+        if relative_macs >= members[leader].relative_macs:
+            raise ValueError(
+                f"at {relative_macs:.3f} of the original's MACs a subnet is no cheaper than subnet {leader} "
+                f"({members[leader].relative_macs:.3f}), whose layers it would share: give a smaller side"
+            )
+        entries.append((_facts(cut, backbone, relative_macs, leader), cut.network, leader))
+    entries.sort(key=lambda entry: -entry[0].relative_macs)
+    places = {index: [id(network) for _, network, _ in entries].index(id(family.networks[index])) for index in left}
+    facts = tuple(
+        facts.model_copy(update={"shares_with": None if leader is None else places[leader]})
+        for facts, _, leader in entries
+    )
+    return Family(family.manifest.model_copy(update={"subnets": facts}), [network for _, network, _ in entries])
 
 
 def _led_by_the_dearest(cuts: Sequence[Cut]) -> list[Cut]:
