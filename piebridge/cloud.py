@@ -21,7 +21,7 @@ from . import costs, records
 from .alignment import align
 from .backbones import Backbone, load_backbone, take_apart
 from .config import CloudConfig, Study, SubnetSpec, build_folder, project_root
-from .cutting import Cut, cut_set, cut_sibling
+from .cutting import Cut, cut_set, cut_sibling, one_a_side
 from .data import CloudImages, load_cloud
 from .embedded import SmallResNet
 from .pet import cut_of
@@ -168,7 +168,7 @@ def extend_family(
     """Add subnets to a family that is there already, whose own ones stay as they are.
 
     Each begins as a copy of one of them at another side, stride or kernel (`cloud.subnets`). What that one has in
-    common with others of its set stays as it is, aligned for them; the rest is aligned.
+    common with others of its set, or of it what `common` names, stays as it is, aligned for them; the rest is aligned.
 
     Args:
         study, backbone, images, checkpoint: as for `generate_family`.
@@ -186,16 +186,17 @@ def extend_family(
     config, device, started = study.cloud, _cloud_device(study), records.provenance()
     original, tail = (copy.deepcopy(part).to(device) for part in backbone.cut(family.manifest.cut))
     leader, blocks = in_common(family, like)
-    facts = family.manifest.subnets[like]
+    facts, cuts = family.manifest.subnets[like], []
     inherited = {"width": facts.width, "widths": facts.widths, "depth": facts.depth, "resolution": facts.resolution,
                  "stem_strides": (facts.stem_stride,) if facts.stem_stride else ()}
-    cuts = [
-        Cut(
-            SubnetSpec.model_validate(inherited | spec.model_dump(exclude_defaults=True)),
-            cut_sibling(family.networks[like], spec, blocks), facts.removed, family.networks[leader], blocks,
-        )
-        for spec in config.subnets
-    ]
+    for spec in config.subnets:
+        common = tuple(block for block in blocks if block.startswith(spec.common or ("",)))
+        if not common:
+            raise ValueError(f"common: {', '.join(spec.common)}; what there can be in common: {', '.join(blocks)}")
+        for side in one_a_side(spec):
+            sibling = cut_sibling(family.networks[like], side, common)
+            whole = SubnetSpec.model_validate(inherited | side.model_dump(exclude_defaults=True))
+            cuts.append(Cut(whole, sibling, facts.removed, family.networks[leader], common))
     extended(family, cuts, replaced, backbone)  # what does not fit is said before the work
     history = align(
         [cut.network for cut in cuts], original, tail, images.train, backbone.resolution, config, study.seed, checkpoint

@@ -183,12 +183,7 @@ def cut_set(
 
     Args, Raises: as `cut_subnet`; also a ValueError if `common` fits no block.
     """
-    own = {key: [(value,) for value in getattr(spec, key)] or [()] * len(spec.resolutions)
-           for key in ("stem_strides", "stem_kernels", "every")}
-    specs = [
-        spec.model_copy(update={"resolution": side, "resolutions": (), "common": ()} | dict(zip(own, values)))
-        for side, *values in zip(spec.resolutions, *own.values())
-    ] or [spec]
+    specs = one_a_side(spec)
     leader, removed = cut_subnet(prefix, specs[0], images, config)
     cuts = [Cut(specs[0], leader, removed, prefix if spec.shared else None, spec.shared, *specs[0].every)]
     blocks = _common_blocks(leader, spec)
@@ -212,13 +207,13 @@ def cut_sibling(member: nn.Sequential, spec: SubnetSpec, blocks: Sequence[str]) 
         blocks: whose dense convolutions and latent map stay as they are: alignment may train all else.
 
     Raises:
-        ValueError: `spec` asks for other channels or blocks than the member's, or several sides.
+        ValueError: `spec` asks for other channels or blocks than the member's.
     """
     own = spec.model_dump(exclude_defaults=True).keys() - {"resolution", "stem_strides", "stem_kernels"}
     if own:
         raise ValueError(
-            f"{min(own)}: a subnet that is added has the channels and blocks of the one it is like; give its "
-            "resolution, stem_strides and stem_kernels, and nothing else"
+            f"{min(own)}: a subnet that is added has the channels and blocks of the one it is like; give sides, "
+            "stem_strides, stem_kernels and what is in common, and nothing else"
         )
     sibling = copy.deepcopy(member).requires_grad_(True)
     change_input(sibling, spec)
@@ -227,6 +222,16 @@ def cut_sibling(member: nn.Sequential, spec: SubnetSpec, blocks: Sequence[str]) 
     for side in spec.stem_kernels:
         set_stem_kernel(sibling, side)
     return sibling
+
+
+def one_a_side(spec: SubnetSpec) -> list[SubnetSpec]:
+    """A specification for each of the sides that one asks for."""
+    own = {key: [(value,) for value in getattr(spec, key)] or [()] * len(spec.resolutions)
+           for key in ("stem_strides", "stem_kernels", "every")}
+    return [
+        spec.model_copy(update={"resolution": side, "resolutions": (), "common": ()} | dict(zip(own, values)))
+        for side, *values in zip(spec.resolutions, *own.values())
+    ] or [spec]
 
 
 def _common_blocks(leader: nn.Sequential, spec: SubnetSpec) -> tuple[str, ...]:
