@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import multiprocessing
 import shlex
 import statistics
@@ -15,7 +16,7 @@ from . import records
 from .config import Study, load_study, study_folder
 
 if TYPE_CHECKING:
-    from .subnets import Manifest
+    from .subnets import Family, Manifest
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -107,53 +108,54 @@ def predict(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Prune, align and save a family and its router: the cloud side, on one GPU or, under torchrun, on several."""
-    from accelerate import PartialState
-
     from .backbones import load_backbone
-    from .checkpoints import Checkpoint
-    from .cloud import generate_family, learn_router
+    from .cloud import generate_family
     from .data import load_cloud
-    from .router import save_router
-    from .subnets import save_family
 
     study = load_study(arguments.study, arguments.set)
-    output: Path = arguments.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = output.parent / f".{output.name}-{study.fingerprint()}.alignment.safetensors"
+    checkpoint = _alignment_state(arguments.output, study.fingerprint())
     backbone, images = load_backbone(study.backbone), load_cloud(study)
     family, history = generate_family(study, backbone, images, checkpoint)
-    if not PartialState().is_main_process:
-        return
-    save_family(family, output)
-    records.write_table(output / "alignment.csv", history)
-    save_router(learn_router(study, backbone, family, images.train), study.router, output)
-    Checkpoint(checkpoint).remove()
-    _print_members(family.manifest)
+    _keep_family(arguments.output, study, backbone, images, family, {"alignment.csv": history}, checkpoint)
 
 
 def extend(arguments: argparse.Namespace) -> None:
     """Add subnets to a family, or put them in the place of others; all that it has otherwise stays as it is."""
-    from accelerate import PartialState
-
     from .backbones import load_backbone
-    from .checkpoints import Checkpoint
-    from .cloud import extend_family, learn_router
+    from .cloud import extend_family
     from .data import load_cloud
     from .pet import cut_of
-    from .router import save_router
-    from .subnets import load_family, save_family
+    from .subnets import load_family
 
     study = load_study(arguments.study, arguments.set)
-    backbone, output = load_backbone(study.backbone), arguments.output
+    backbone = load_backbone(study.backbone)
     family = load_family(arguments.family, backbone, cut_of(backbone, study.pet))
+    start = hashlib.sha256((arguments.family / "manifest.json").read_bytes()).hexdigest()[:8]
+    checkpoint = _alignment_state(arguments.output, f"{study.fingerprint()}-{start}-{arguments.like}")
     images = load_cloud(study)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = output.parent / f".{output.name}-{study.fingerprint()}.alignment.safetensors"
     family, history = extend_family(study, backbone, images, family, arguments.like, arguments.replace, checkpoint)
+    _keep_family(arguments.output, study, backbone, images, family, {"extension.csv": history}, checkpoint)
+
+
+def _alignment_state(output: Path, fingerprint: str) -> Path:
+    """Where an alignment that is killed is gone on with, by a command that begins with the same."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output.parent / f".{output.name}-{fingerprint}.alignment.safetensors"
+
+
+def _keep_family(output: Path, study: Study, backbone, images, family: Family, tables: dict, checkpoint: Path) -> None:
+    from accelerate import PartialState
+
+    from .checkpoints import Checkpoint
+    from .cloud import learn_router
+    from .router import save_router
+    from .subnets import save_family
+
     if not PartialState().is_main_process:
         return
     save_family(family, output)
-    records.write_table(output / "extension.csv", history)
+    for name, table in tables.items():
+        records.write_table(output / name, table)
     save_router(learn_router(study, backbone, family, images.train), study.router, output)
     Checkpoint(checkpoint).remove()
     _print_members(family.manifest)

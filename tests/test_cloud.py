@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 import torch
-from tiny import copied_state, random_backbone, same_tensors, tiny_study
+from tiny import check_saved, copied_state, random_backbone, same_tensors, tiny_study
 
 from piebridge import cloud
 from piebridge.cloud import family_folder, free_family, learn_router, obtain_backbone, obtain_family, obtain_router
 from piebridge.config import SubnetSpec
+from piebridge.cutting import shared_tensors
 from piebridge.data import load_cloud
-from piebridge.subnets import FamilyError, fidelity, latents_of
+from piebridge.subnets import FamilyError, fidelity, in_common, latents_of, load_family, save_family
 
 
 def forbidden(*arguments):
@@ -180,3 +181,93 @@ def test_a_specifications_turns_reach_the_alignment(tiny, monkeypatch):
     monkeypatch.setattr(cloud, "align", lambda *_, every: given.append(every))
     cloud.try_out(study, tiny.backbone, load_cloud(study), study.cloud)
     assert given == [[1, 3, 2]]
+
+
+LATE = ("layer2", "layer3")
+
+
+@pytest.fixture(scope="module")
+def family_of_three(tiny):
+    """A pair that has its late layers in common, and one alone; nothing aligned."""
+    study = with_subnets(
+        "cloud.steps=0", SubnetSpec(width=0.5, resolutions=(32, 24), common=LATE), SubnetSpec(width=0.4, resolution=24)
+    )
+    return cloud.generate_family(study, tiny.backbone, load_cloud(study))[0]
+
+
+def test_an_extended_family_keeps_its_own_members(tiny, family_of_three, tmp_path):
+    family, before = family_of_three, [copied_state(network) for network in family_of_three.networks]
+    study = with_subnets("cloud.steps=12", SubnetSpec(resolutions=(20, 16), common=("layer3",)))
+    larger, history = cloud.extend_family(study, tiny.backbone, load_cloud(study), family, like=2)
+    assert set(history["member"]) == {1, 2}
+    assert [same_tensors(copied_state(network), state) for network, state in zip(family.networks, before)] == [True] * 4
+    places = [larger.networks.index(network) for network in family.networks]
+    assert places == sorted(places)
+    assert larger.relative_macs == sorted(larger.relative_macs, reverse=True)
+    members = list(zip(larger.manifest.subnets, larger.networks))
+    added = [facts for facts, network in members if network not in family.networks]
+    assert [(facts.width, facts.resolution, facts.shares_with) for facts in added] == [(0.5, 20, 1), (0.5, 16, 1)]
+    assert {block[:6] for facts in added for block in facts.shared} == {"layer3"}
+    for facts, network in members:
+        if facts in added:
+            leader, start = dict(larger.networks[1].named_parameters()), dict(family.networks[2].named_parameters())
+            common = set(shared_tensors(network, facts.shared))
+            assert common
+            for name, weight in network.named_parameters():
+                assert torch.equal(weight, leader[name]) if name in common else not torch.equal(weight, start[name])
+            assert not any(weight.requires_grad for weight in network.parameters())
+    extension, = larger.manifest.provenance["extensions"]
+    assert (extension["like"], extension["replaced"], extension["steps"]) == (2, [], 12)
+    save_family(larger, tmp_path / "family")
+    check_saved(larger, load_family(tmp_path / "family", tiny.backbone, "head"), tiny.setting.images[:3])
+
+
+def test_an_extended_family_is_nearer_than_copies(tiny):
+    family = tiny.setting.family
+    reached = {}
+    for steps in (0, 30):
+        study = with_subnets(f"cloud.steps={steps}", SubnetSpec(resolution=24))
+        larger, _ = cloud.extend_family(study, tiny.backbone, load_cloud(study), family, like=1)
+        assert [facts.resolution for facts in larger.manifest.subnets] == [32, 32, 24, 16]
+        reached[steps] = larger.manifest.subnets[2].fidelity
+    assert reached[30] > reached[0] + 0.05
+
+
+def test_an_added_subnet_takes_the_place_of_another(tiny, family_of_three):
+    study = with_subnets("cloud.steps=0", SubnetSpec(resolution=20))
+    larger, _ = cloud.extend_family(study, tiny.backbone, load_cloud(study), family_of_three, like=1, replaced=[2])
+    assert family_of_three.networks[2] not in larger.networks and len(larger) == len(family_of_three)
+    places = {facts.resolution: place for place, facts in enumerate(larger.manifest.subnets)}
+    assert larger.manifest.subnets[places[20]].shares_with == 1
+    assert larger.manifest.provenance["extensions"][0]["replaced"] == [2]
+    again, _ = cloud.extend_family(study, tiny.backbone, load_cloud(study), larger, like=1)
+    assert len(again.manifest.provenance["extensions"]) == 2
+
+
+def test_a_subnet_alone_has_all_in_common_with_what_is_added(family_of_three):
+    blocks = tuple(name for name, _ in family_of_three.networks[3].named_children())
+    assert in_common(family_of_three, 3) == (3, blocks)
+    late = tuple(name for name in blocks if name.startswith(LATE))
+    assert in_common(family_of_three, 1) == in_common(family_of_three, 2) == (1, late)
+
+
+@pytest.mark.parametrize(
+    ("spec", "like", "replaced", "message"),
+    [
+        ({"resolution": 16}, 0, [], "no subnet 0 in the family: its subnets are 1 to 3"),
+        ({"resolution": 16}, 4, [], "no subnet 4"),
+        ({"resolution": 16}, 1, [0], "no subnet 0"),
+        ({"resolution": 16}, 3, [1], "subnet 1 cannot be left out"),
+        ({"resolution": 16}, 3, [3], "subnet 3 cannot be left out"),
+        ({"resolution": 32}, 2, [], r"no cheaper than subnet 1 .*smaller side"),
+        ({"resolution": 16, "width": 0.3}, 2, [], "width: a subnet that is added"),
+        ({"resolutions": (16,), "common": ("layer1",)}, 2, [], "common: layer1; what there can be.*layer3_0"),
+    ],
+)
+def test_an_extension_that_does_not_fit_is_refused_before_the_work(
+    tiny, family_of_three, monkeypatch, spec, like, replaced, message
+):
+    monkeypatch.setattr(cloud, "align", forbidden)
+    study = with_subnets("", SubnetSpec(**spec))
+    with pytest.raises(ValueError, match=message):
+        cloud.extend_family(study, tiny.backbone, load_cloud(study), family_of_three, like, replaced)

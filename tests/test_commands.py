@@ -17,6 +17,7 @@ from piebridge.cloud import family_folder
 from piebridge.config import load_study, study_folder
 from piebridge.embedded import handwritten_digits
 from piebridge.experiment import open_experiment, run
+from piebridge.router import load_router
 from piebridge.subnets import read_manifest
 
 
@@ -58,6 +59,25 @@ def test_generate_makes_a_family_and_its_router(weights, tmp_path):
     members = {"subnet_1.safetensors", "subnet_2.safetensors"}
     assert names == members | {"manifest.json", "router.safetensors", "alignment.csv"}
     assert ended.stdout.count("fidelity") == 3
+
+
+def test_extend_adds_a_subnet_and_leaves_the_files_of_others(tiny, weights, tmp_path):
+    given, study = family_folder(tiny.study, tiny.backbone), str(ROOT / "tests" / "tiny.yaml")
+    before = {path.name: path.read_bytes() for path in given.iterdir()}
+    arguments = ["extend", study, "--family", str(given), "--like", "1", "--output", str(tmp_path / "family"), "--set"]
+    overrides = f"backbone.weights={weights} cloud.steps=2 cloud.subnets=[{{resolution:"
+    ended = command(*arguments, f"{overrides}' 24}}]'")
+    assert ended.returncode == 0, ended.stderr
+    made = {path.name: path.read_bytes() for path in (tmp_path / "family").iterdir()}
+    assert made["subnet_1.safetensors"] == before["subnet_1.safetensors"]
+    assert made["subnet_3.safetensors"] == before["subnet_2.safetensors"]
+    files = {f"subnet_{index}.safetensors" for index in (1, 2, 3)}
+    assert made.keys() == files | {"manifest.json", "router.safetensors", "extension.csv"}
+    assert len(load_router(tmp_path / "family").relative_costs) == 4
+    assert {path.name: path.read_bytes() for path in given.iterdir()} == before
+    arguments[arguments.index("1")] = "7"
+    ended = command(*arguments, f"{overrides}' 24}}]'")
+    assert ended.returncode == 2 and "no subnet 7" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_check_names_the_folder_of_the_results(build):
