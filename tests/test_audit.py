@@ -248,6 +248,31 @@ def test_what_the_book_says_of_the_committed_table():
     }, abs=0.006)
 
 
+def test_what_the_book_says_of_fresh_seeds():
+    again = pd.read_csv(ROOT / "book" / "records" / "routes_again.csv")
+    before = pd.read_csv(ROOT / "book" / "records" / "routes.csv")
+    variants = ["original", "best subnet", "drawn uniformly"]
+    expected = {
+        "dtd_resnet18": [(-0.16, 0.20), (1.06, 0.25), (0.25, 0.18)],
+        "dogsvscats_resnet18": [(-0.20, 0.06), (-0.08, 0.09), (0.06, 0.07)],
+        "caltech101_resnet18": [(-0.20, 0.07), (0.13, 0.07), (-0.02, 0.05)],
+    }
+    assert set(again["study"]) == set(expected)
+    for study, told in expected.items():
+        rows, earlier = again[again["study"] == study], before[before["study"] == study]
+        assert set(rows["seed"]) == set(range(10, 40)) and set(earlier["seed"]) <= set(range(10))
+        assert not rows.duplicated(["variant", "seed"]).any() and set(rows["variant"]) == {*variants, REFERENCE}
+        costs, before_costs = (runs.groupby("variant")["cost"].mean() for runs in (rows, earlier))
+        assert costs.to_dict() == pytest.approx(before_costs[costs.index].to_dict(), abs=2e-4)
+        reached = compared(rows, REFERENCE).loc[variants, ["behind", "half_width"]]
+        assert reached.to_numpy().tolist() == [pytest.approx(pair, abs=0.006) for pair in told]
+    both = pd.concat([before, again]).query("study == 'dogsvscats_resnet18'")
+    assert both["seed"].nunique() == 40
+    assert compared(both, REFERENCE).loc["drawn uniformly", ["behind", "half_width"]].tolist() == pytest.approx(
+        [0.08, 0.06], abs=0.006
+    )
+
+
 def test_what_the_book_says_of_small_budgets():
     table = pd.read_csv(ROOT / "book" / "records" / "budgets.csv")
     routes = pd.read_csv(ROOT / "book" / "records" / "routes.csv").set_index(["study", "variant", "seed"]).sort_index()

@@ -12,7 +12,7 @@ from tiny import ROOT
 
 from piebridge import records
 from piebridge.audit import variants_of
-from piebridge.config import load_study
+from piebridge.config import METHODS, load_study
 from piebridge.records import Record
 
 
@@ -255,13 +255,13 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
     assert sorted(round(cached[name], 2) for name in set(studies) - resnet) == [1.35, 1.42, 1.65]
     slowest, fastest = ([kind(faster[name] for name in names) for names in (resnet, set(studies) - resnet)]
                         for kind in (min, max))
-    assert slowest == pytest.approx([2.57, 2.12], abs=0.005) and fastest == pytest.approx([2.61, 2.14], abs=0.005)
+    assert slowest == pytest.approx([2.54, 2.12], abs=0.005) and fastest == pytest.approx([2.61, 2.14], abs=0.005)
     over = {name: share["piebridge"] for name, share in spent.items()}
     assert over.pop("dogsvscats_resnet18") == pytest.approx(0.045, abs=0.0006)
-    assert sorted(over.pop(name) for name in resnet & set(over)) == pytest.approx([0.001, 0.002], abs=0.0006)
+    assert sorted(over.pop(name) for name in resnet & set(over)) == pytest.approx([0.002, 0.013], abs=0.0006)
     assert [min(over.values()), max(over.values())] == pytest.approx([-0.045, -0.023], abs=0.0006)
     drawn = [abs(share["random"]) for share in spent.values()]
-    assert max(drawn) == pytest.approx(0.038, abs=0.0006)
+    assert max(drawn) == pytest.approx(0.0505, abs=0.0006)
     memory = {name: rows["peak_memory_mib"]["piebridge"] / rows["peak_memory_mib"]["pet"]
               for name, rows in studies.items()}
     assert memory.pop("dtd_mobilenetv2") == pytest.approx(1.103, abs=0.0006)
@@ -294,7 +294,7 @@ def test_what_the_book_says_of_kept_latents_run_in_turn():
     )
     runs = committed_plain_studies()
     once = [runs[study].loc[["cached", "piebridge_cached"], "train_seconds"].tolist() for study in studies]
-    assert [cached / kept for cached, kept in once] == pytest.approx([1.59, 1.75, 1.81], abs=0.005)
+    assert [cached / kept for cached, kept in once] == pytest.approx([1.78, 1.75, 1.81], abs=0.005)
 
 
 def test_what_the_book_says_of_another_machine():
@@ -324,32 +324,23 @@ def test_what_the_book_says_of_another_machine():
 
 
 def test_what_the_book_says_of_rivals_that_train_the_backbone():
-    runs = records.read_table(ROOT / "book" / "records" / "rivals.csv").set_index("method")
-    study = load_study("dtd_resnet18_rivals")
-    assert runs.index.tolist() == list(study.training.methods) and set(runs["seed"]) == {0}
-    assert runs["learning_rate"].to_dict() == study.training.learning_rate
-    usual = load_study("dtd_resnet18")
-    both = set(study.training.methods) & set(usual.training.methods)
-    assert both == {"pet", "cached", "random", "piebridge", "full"}
-    assert study.training.learning_rate["full"] == usual.training.learning_rate["full"]
-    assert study.routing.cost == 0.38
-    assert (study.routing.subnet, study.routing.correction, study.routing.measured_difficulty) == (8, False, 1)
-    assert not runs["commit"].str.endswith("+").any()
-    seconds, accuracy = runs["train_seconds"], runs["test_accuracy"]
-    operations = runs["train_gmacs"] / runs.loc["piebridge", "train_gmacs"]
-    passes = runs["prefix_seconds"]
-    assert runs.loc["pet", "epochs"] * passes["cached"] / passes["pet"] == pytest.approx(1.29, abs=0.005)
-    assert accuracy.idxmax() == "elastic"
-    assert (accuracy["elastic"] - accuracy[["pet", "piebridge"]]).tolist() == [2.75, 2.25]
-    assert operations[["elastic", "last_k", "pet", "full", "cached"]].tolist() == pytest.approx(
-        [4.3, 3.4, 2.9, 8.5, 0.24], abs=0.05
-    )
-    assert seconds["elastic"] / seconds["piebridge"] == pytest.approx(7, abs=0.2)
-    assert (accuracy[["last_k", "oracle"]] - accuracy["piebridge"]).tolist() == [1, 1]
+    runs, study = committed_plain_studies()["dtd_resnet18"], load_study("dtd_resnet18")
+    assert set(study.training.methods) == set(METHODS) == set(runs.index) and set(runs["seed"]) == {0}
+    rivals = ["last_k", "elastic", "full", "prune"]
+    seconds, operations = (runs[column] / runs.loc["piebridge", column] for column in ("train_seconds", "train_gmacs"))
+    assert seconds[rivals].tolist() == pytest.approx([5.2, 7.3, 13.9, 16.0], abs=0.05)
+    assert operations[rivals].tolist() == pytest.approx([3.4, 4.1, 8.3, 8.3], abs=0.05)
+    ahead = runs["test_accuracy"] - runs.loc["piebridge", "test_accuracy"]
+    assert ahead[["last_k", "random", "oracle"]].tolist() == [0.25, 0.25, 0]
+    assert runs["test_images"].iloc[0] == 400  # a quarter of a point is one image
+    assert (ahead["elastic"], ahead["full"], ahead["prune"]) == (-0.75, -1.25, -1.25)
+    assert runs.loc["elastic", "test_accuracy"] == 80.25
+    assert seconds["elastic"] / seconds["full"] == pytest.approx(0.53, abs=0.005)
+    assert operations["elastic"] / operations["full"] == pytest.approx(0.5, abs=0.005)
+    assert seconds["prune"] / seconds["full"] == pytest.approx(1.15, abs=0.005)
     assert runs.loc["prune", ["total_params", "train_gmacs"]].tolist() == pytest.approx(
         runs.loc["full", ["total_params", "train_gmacs"]].tolist()
     )
-    assert seconds["prune"] > seconds["full"] and accuracy["prune"] - accuracy["full"] == -1
     tuning = pd.read_csv(ROOT / "book" / "records" / "rivals_tuning.csv")
     for method, tried in tuning.groupby("method"):
         assert len(tried) >= 3
@@ -425,11 +416,13 @@ def test_what_the_book_says_of_a_deep_cut_by_the_clock():
     runs = pd.read_csv(ROOT / "book" / "records" / "deep_cut_seconds.csv")
     assert (runs["threads"] == 2).all() and runs["device"].nunique() == 1
     assert not runs["commit"].str.endswith("+").any()
-    expected = {  # pet's share of passes, the limit, piebridge, cached, shortest and longest steps
-        "dtd_resnet18_adapter": (0.35, 1.5, 1.31, 1.7, 68, 80),
-        "caltech101_resnet18_adapter": (0.4, 1.7, 1.16, 1.6, 237, 257),
+    expected = {  # pet's share of passes, the limit, piebridge, cached, shortest and longest steps, twelfths of passes
+        "dtd_resnet18_adapter": (0.35, 1.5, 1.31, 1.7, 68, 80, 1),
+        "dtd_resnet18_lora": (0.36, 1.6, 1.18, 1.4, 75, 77, 1.03),
+        "caltech101_resnet18_adapter": (0.4, 1.7, 1.16, 1.6, 237, 257, 1),
     }
-    for study, (share, limit, faster, kept, shortest, longest) in expected.items():
+    assert set(runs["study"]) == set(expected)
+    for study, (share, limit, faster, kept, shortest, longest, twelfths) in expected.items():
         rows = runs[runs["study"] == study].set_index("method")
         seconds, passes, steps = rows["train_seconds"], rows["prefix_seconds"], rows["suffix_seconds"]
         assert rows["learning_rate"].to_dict().items() <= load_study(study).training.learning_rate.items()
@@ -437,9 +430,11 @@ def test_what_the_book_says_of_a_deep_cut_by_the_clock():
         assert seconds["pet"] / (seconds["pet"] - passes["pet"]) == pytest.approx(limit, abs=0.05)
         assert seconds["pet"] / seconds["piebridge"] == pytest.approx(faster, abs=0.005)
         assert seconds["pet"] / seconds["cached"] == pytest.approx(kept, abs=0.05)
-        assert seconds["piebridge_cached"] > seconds["cached"] and passes["piebridge_cached"] < passes["cached"]
+        saved = 1 - seconds["piebridge_cached"] / seconds["cached"]
+        assert passes["piebridge_cached"] < passes["cached"]
+        assert saved < 0 if study.endswith("adapter") else saved == pytest.approx(0.04, abs=0.005)
         assert [steps.min(), steps.max()] == pytest.approx([shortest, longest], abs=0.6)
-        assert 12 * passes["cached"] / passes["pet"] == pytest.approx(1, abs=1 / 40)
+        assert 12 * passes["cached"] / passes["pet"] == pytest.approx(twelfths, abs=1 / 40 if twelfths == 1 else 0.001)
 
 
 def augmented_studies():
