@@ -94,6 +94,10 @@ def test_speed():
     for how, ratio in (("in turns", 1.79), ("in turns, norms folded, last fifth", 1.75)):
         on_one, on_two = (larger[f"graph, a stream a member, Muon, {how}, {count} H200"] for count in ("one", "two"))
         assert on_two / on_one == pytest.approx(ratio, abs=0.005)
+    depthwise = rates["mobilenet_v2", 1024, 9]
+    for how, ratio in (("AdamW", 1.92), ("AdamW, norms folded, last fifth", 1.87)):
+        on_one, on_two = (depthwise[f"graph, a stream a member, {how}, {count} H200"] for count in ("one", "two"))
+        assert on_two / on_one == pytest.approx(ratio, abs=0.005)
     alone = rates["resnet18", 256, 9].filter(like="in turns").sort_values()  # Muon, AdamW
     assert alone.iloc[0] / one == pytest.approx(0.84, abs=0.005)
     assert 1 - alone.iloc[0] / alone.iloc[1] == pytest.approx(0.1, abs=0.01)
@@ -197,10 +201,10 @@ def test_fewer_members_and_more_images():
     assert dearest == pytest.approx(0.0015, abs=0.0002) and 0 <= second < 0.0005
     assert len(cheap) == 4 and min(cheap) > 0.00105 and max(cheap) < 0.00305
     ninth = run_nine()["fidelity"].tolist()
-    first, second, third, *cheap = manifest_fidelities(2, 4, 6, 7, 8, 9)
+    first, second, third, *cheap = manifest_fidelities(2, 4, 6, 7, 9)
     assert (first, ninth[1]) == (0.9656, 0.964) and second - ninth[3] == pytest.approx(-0.004, abs=0.0005)
     assert third - ninth[5] == pytest.approx(0.0025, abs=0.0002)
-    nearer = [now - before for now, before in zip(cheap, ninth[6:])]
+    nearer = [now - before for now, before in zip(cheap, (ninth[6], ninth[8]))]
     assert min(nearer) > 0.005 and max(nearer) == pytest.approx(0.021, abs=0.0005)
 
 
