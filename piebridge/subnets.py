@@ -245,7 +245,7 @@ def extended(family: Family, cuts: Sequence[Cut], replaced: Sequence[int], backb
                 f"({members[leader].relative_macs:.3f}), whose layers it would share: give a smaller side"
             )
         entries.append((_facts(cut, backbone, relative_macs, leader), cut.network, leader))
-    entries.sort(key=lambda entry: -entry[0].relative_macs)
+    entries[1:] = sorted(entries[1:], key=lambda entry: -entry[0].relative_macs)  # the original stays the first
     places = {index: [id(network) for _, network, _ in entries].index(id(family.networks[index])) for index in left}
     facts = tuple(
         facts.model_copy(update={"shares_with": None if leader is None else places[leader]})

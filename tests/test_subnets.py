@@ -13,8 +13,10 @@ from tiny import BACKBONES, check_saved, copied_state, random_backbone, random_i
 from piebridge import costs
 from piebridge.config import CloudConfig, SubnetSpec
 from piebridge.cutting import (
+    Cut,
     MatchLatents,
     cut_set,
+    cut_sibling,
     cut_subnet,
     removable_blocks,
     set_stem_kernel,
@@ -22,6 +24,7 @@ from piebridge.cutting import (
 )
 from piebridge.subnets import (
     FamilyError,
+    extended,
     fidelity,
     latents_of,
     load_family,
@@ -306,6 +309,13 @@ def test_a_dearer_subnet_leads_its_set_but_the_original_stays_the_first(tmp_path
         strides = {(member.width, member.resolution): network.stem[0].stride[0]
                    for member, network in zip(facts, each.networks)}
         assert strides == {(1, 32): 2, (1, 64): 2, (0.5, 64): 2, (0.5, 32): 3, (0.5, 16): 2}
+    spec = SubnetSpec(resolution=24)
+    added = Cut(spec, cut_sibling(family.networks[1], spec, ("layer4_1",)), (), family.networks[1], ("layer4_1",))
+    larger = extended(family, [added], [4], random_backbone("resnet18"))
+    assert larger.networks[:2] == family.networks[:2]
+    assert larger.relative_macs[1:] == sorted(larger.relative_macs[1:], reverse=True)
+    place = larger.networks.index(added.network)
+    assert larger.manifest.subnets[place].shares_with == 1 and larger.manifest.subnets[place].resolution == 24
 
 
 def test_turns_are_one_for_each_side():
