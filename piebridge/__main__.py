@@ -116,7 +116,7 @@ def generate(arguments: argparse.Namespace) -> None:
     checkpoint = _alignment_state(arguments.output, study.fingerprint())
     backbone, images = load_backbone(study.backbone), load_cloud(study)
     family, history = generate_family(study, backbone, images, checkpoint)
-    _keep_family(arguments.output, study, backbone, images, family, {"alignment.csv": history}, checkpoint)
+    _keep_family(arguments.output, study, backbone, images, family, history, "alignment.csv", checkpoint)
 
 
 def extend(arguments: argparse.Namespace) -> None:
@@ -134,7 +134,7 @@ def extend(arguments: argparse.Namespace) -> None:
     checkpoint = _alignment_state(arguments.output, f"{study.fingerprint()}-{start}-{arguments.like}")
     images = load_cloud(study)
     family, history = extend_family(study, backbone, images, family, arguments.like, arguments.replace, checkpoint)
-    _keep_family(arguments.output, study, backbone, images, family, {"extension.csv": history}, checkpoint)
+    _keep_family(arguments.output, study, backbone, images, family, history, "extension.csv", checkpoint)
 
 
 def _alignment_state(output: Path, fingerprint: str) -> Path:
@@ -143,7 +143,9 @@ def _alignment_state(output: Path, fingerprint: str) -> Path:
     return output.parent / f".{output.name}-{fingerprint}.alignment.safetensors"
 
 
-def _keep_family(output: Path, study: Study, backbone, images, family: Family, tables: dict, checkpoint: Path) -> None:
+def _keep_family(
+    output: Path, study: Study, backbone, images, family: Family, history, history_name: str, checkpoint: Path
+) -> None:
     from accelerate import PartialState
 
     from .checkpoints import Checkpoint
@@ -154,8 +156,7 @@ def _keep_family(output: Path, study: Study, backbone, images, family: Family, t
     if not PartialState().is_main_process:
         return
     save_family(family, output)
-    for name, table in tables.items():
-        records.write_table(output / name, table)
+    records.write_table(output / history_name, history)
     save_router(learn_router(study, backbone, family, images.train), study.router, output)
     Checkpoint(checkpoint).remove()
     _print_members(family.manifest)

@@ -103,7 +103,7 @@ def cut_subnet(
     with torch.no_grad():
         latents = prefix(images)
     subnet = copy.deepcopy(prefix)
-    change_input(subnet, spec)
+    _change_input(subnet, spec)
     candidates = removable_blocks(prefix)
     unknown = sorted(set(spec.without) - set(candidates))
     if unknown:
@@ -189,7 +189,7 @@ def cut_set(
     blocks = _common_blocks(leader, spec)
     for other in specs[1:]:
         network = copy.deepcopy(leader)
-        change_input(network, other)
+        _change_input(network, other)
         tie(network, leader, shared_tensors(network, blocks))
         cuts.append(Cut(other, network, removed, leader, blocks, *other.every))
     for cut in cuts:  # last, so that each is resampled from the backbone's own kernel
@@ -216,7 +216,7 @@ def cut_sibling(member: nn.Sequential, spec: SubnetSpec, blocks: Sequence[str]) 
             "stem_strides, stem_kernels and what is in common, and nothing else"
         )
     sibling = copy.deepcopy(member).requires_grad_(True)
-    change_input(sibling, spec)
+    _change_input(sibling, spec)
     for name in shared_tensors(sibling, blocks):
         sibling.get_parameter(name).requires_grad_(False)
     for side in spec.stem_kernels:
@@ -249,8 +249,7 @@ def _common_blocks(leader: nn.Sequential, spec: SubnetSpec) -> tuple[str, ...]:
     return blocks
 
 
-def change_input(subnet: nn.Sequential, spec: SubnetSpec) -> None:
-    """Give a network the side of its input and the stride of its first convolution that a specification asks for."""
+def _change_input(subnet: nn.Sequential, spec: SubnetSpec) -> None:
     if spec.resolution is not None:
         subnet.input = subnet.input.at(spec.resolution)
     for stride in spec.stem_strides:

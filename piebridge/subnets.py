@@ -203,13 +203,17 @@ def in_common(family: Family, index: int) -> tuple[int, tuple[str, ...]]:
     Raises:
         ValueError: there is no such subnet, or it is the original.
     """
+    _refuse_unknown(family, index)
     members = family.manifest.subnets
-    if not 0 < index < len(members):
-        raise ValueError(f"no subnet {index} in the family: its subnets are 1 to {len(members) - 1}")
     if members[index].shares_with:
         return members[index].shares_with, members[index].shared
     led = next((facts.shared for facts in members if facts.shares_with == index), None)
     return index, led or tuple(name for name, _ in family.networks[index].named_children())
+
+
+def _refuse_unknown(family: Family, index: int) -> None:
+    if not 0 < index < len(family):
+        raise ValueError(f"no subnet {index} in the family: its subnets are 1 to {len(family) - 1}")
 
 
 def extended(family: Family, cuts: Sequence[Cut], replaced: Sequence[int], backbone: Backbone) -> Family:
@@ -227,8 +231,7 @@ def extended(family: Family, cuts: Sequence[Cut], replaced: Sequence[int], backb
     """
     members, example = family.manifest.subnets, backbone.example()
     for index in replaced:
-        if not 0 < index < len(members):
-            raise ValueError(f"no subnet {index} in the family: its subnets are 1 to {len(members) - 1}")
+        _refuse_unknown(family, index)
     left = [index for index in range(len(members)) if index not in replaced]
     leaders = {members[index].shares_with for index in left} | {family.networks.index(cut.leader) for cut in cuts}
     for index in replaced:
