@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Protocol, Union
@@ -23,6 +24,8 @@ from .latents import LatentSource
 from .pet import Split
 from .progress import Memory, Progress, part_of, restore, state_of
 from .routing import Correction, EpochPlan, MeasuredDifficulty, Residuals
+
+SMALL_HEAD = 2**18  # weights, up to which a second thread makes the step of a head no faster
 
 
 class Policy(Memory, Protocol):
@@ -162,6 +165,7 @@ def fit(
     step = len(run.history) * math.ceil(count / config.batch_size)
     # `before_epoch` may freeze a part of the head for a time
     alone = _is_head(suffix) and plan.penalty is None and plan.before_epoch is None and config.momentum > 0
+    small = alone and suffix[0].weight.numel() <= SMALL_HEAD
     costs.reset_peak_memory(device)
     energy = costs.energy_counter_j()
     done = len(run.history)
@@ -189,7 +193,7 @@ def fit(
                         _anneal(optimizer, learning_rate, step, steps)
                         first = window[: config.batch_size]
                         plan.before_epoch(epoch, optimizer, latents[: len(first)], labels_there[first])
-                with stopwatch("suffix"):
+                with stopwatch("suffix"), _single_thread() if small else contextlib.nullcontext():
                     for batch, chosen in zip(latents.split(config.batch_size), window.split(config.batch_size)):
                         _anneal(optimizer, learning_rate, step, steps)
                         if alone:
@@ -274,6 +278,17 @@ def _is_head(suffix: nn.Sequential) -> bool:
     if len(layers) != 1 or type(layers[0]) is not nn.Linear or layers[0].bias is None:
         return False
     return all(parameter.requires_grad for parameter in suffix.parameters())
+
+
+@contextlib.contextmanager
+def _single_thread() -> Iterator[None]:
+    """For arithmetic so small that threads gain nothing, and wait for each other where anything else runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

@@ -250,6 +250,25 @@ def test_the_step_of_a_head_is_that_of_autograd():
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method, small, threads", [("pet", 2**18, 1), ("pet", 0, 2), ("full", 2**18, 2)])
+def test_the_steps_of_a_small_head_take_one_thread(monkeypatch, method, small, threads):
+    seen = {"_head_step": set(), "_step": set()}
+    for name, step in (("_head_step", _head_step), ("_step", _step)):
+        def watched(*arguments, name=name, step=step):
+            seen[name].add(torch.get_num_threads())
+            return step(*arguments)
+        monkeypatch.setattr(f"piebridge.training.{name}", watched)
+    monkeypatch.setattr("piebridge.training.SMALL_HEAD", small)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(bare_setting(random_backbone("embedded")), method)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen["_head_step" if method == "pet" else "_step"] == {threads}
+
+
 @pytest.mark.parametrize("suffix, alone", [
     (nn.Sequential(nn.Linear(3, 2)), True),
     (nn.Sequential(nn.Linear(3, 2), nn.ReLU()), False),
