@@ -189,56 +189,63 @@ def test_what_the_book_says_of_the_committed_table():
     def told(variant, *names):
         return behind.loc[variant, list(names)].tolist()
 
-    assert beyond("drawn uniformly") == {"dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "dogsvscats_resnet18"}
-    assert told(
-        "drawn uniformly", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "dogsvscats_resnet18", "dtd_resnet18",
-        "caltech101_resnet18",
-    ) == pytest.approx([0.7, 0.7, 0.1, 0.25, 0.0], abs=0.045)
+    forty = resnet | {"dtd_mobilenetv2"}
+    for study, rows in table.groupby("study"):
+        assert set(rows["seed"]) == set(range(40 if study in forty else 5))
+    assert beyond("drawn uniformly") == mobile | {"caltech101_resnet18"}
+    assert told("drawn uniformly", "dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "dtd_mobilenetv2") == (
+        pytest.approx([0.7, 0.7, 0.4], abs=0.045)
+    )
+    drawn = {study: studies[study].loc["drawn uniformly", ["behind", "half_width"]].round(2).tolist()
+             for study in resnet}
+    assert drawn == {"caltech101_resnet18": [0.06, 0.06], "dtd_resnet18": [0.16, 0.18],
+                     "dogsvscats_resnet18": [0.03, 0.06]}
     assert not clear.loc["drawn by loss"].any() and not ahead.loc[["drawn by loss", "drawn uniformly"]].any(axis=None)
-    winning = ["dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "dtd_resnet18", "caltech101_resnet18"]
+    winning = ["dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "dtd_mobilenetv2", "dtd_resnet18",
+               "caltech101_resnet18"]
     assert beyond("best subnet") == set(winning) and not ahead.loc["best subnet"].any()
-    assert told("best subnet", *winning) == pytest.approx([1.2, 1.1, 1.1, 0.2], abs=0.055)
+    assert told("best subnet", *winning) == pytest.approx([1.2, 1.1, 0.9, 0.4, 0.1], abs=0.055)
+    assert studies["dogsvscats_resnet18"].loc["best subnet"].tolist()[-2:] == pytest.approx([0.06, 0.06], abs=0.005)
     for study, alone, drawn in (
-        ("dtd_mobilenetv2", 2.9, 0.2), ("caltech101_mobilenetv2", 2.7, 0.7), ("dtd_resnet18", 1.0, 0.25),
-        ("caltech101_resnet18", 0.2, 0.0),
+        ("dtd_mobilenetv2", 2.8, 0.4), ("caltech101_mobilenetv2", 2.7, 0.7), ("dtd_resnet18", 0.8, 0.2),
+        ("caltech101_resnet18", 0.1, 0.1),
     ):
         short = behind.loc[["cheap subnet", "drawn uniformly"], study]
         assert short.tolist() == pytest.approx([alone, drawn], abs=0.05)
     worse = beyond("highest predicted difficulty")
-    assert worse == mobile | {"dtd_resnet18"}
+    assert worse == set(studies) - {"dogsvscats_resnet18"}
     by = behind.loc["highest predicted difficulty", sorted(worse)]
-    assert [by.min(), by.max()] == pytest.approx([0.9, 2.7], abs=0.05)
+    assert [by.min(), by.max()] == pytest.approx([0.1, 2.8], abs=0.05)
     router = ["highest predicted difficulty", "highest loss and predicted difficulty"]
-    assert ahead.loc[router].any().pipe(lambda any: set(any[any].index)) == {"dogsvscats_resnet18"}
-    assert behind.loc[router, "dogsvscats_resnet18"].tolist() == pytest.approx([-0.14, -0.17], abs=0.006)
-    assert beyond(router[1]) == {"dogsvscats_mobilenetv2", "caltech101_mobilenetv2", "dtd_resnet18"}
+    assert set(ahead.columns[ahead.loc[router[0]]]) == {"dogsvscats_resnet18"} and not ahead.loc[router[1]].any()
+    assert behind.loc[router, "dogsvscats_resnet18"].tolist() == pytest.approx([-0.14, 0.17], abs=0.006)
+    assert beyond(router[1]) == set(studies) - {"dtd_mobilenetv2", "dtd_resnet18"}
     reached = table.groupby(["study", "variant"])["test_accuracy"].mean().unstack()
-    assert (reached["lowest similarity"] < reached["drawn uniformly"]).all()
-    assert beyond("lowest similarity") == set(studies)
+    assert (reached["lowest similarity"] <= reached["drawn uniformly"] + 1e-9).all()
+    assert (behind.loc["lowest similarity"] > 0).all()
+    assert beyond("lowest similarity") == set(studies) - {"dtd_resnet18"}
     switched = "highest priority, correction switched"
     assert all(load_study(study).routing.correction for study in studies)
-    assert beyond(switched) == {"dtd_resnet18", "caltech101_resnet18"}
-    assert told(switched, "dtd_resnet18", "caltech101_resnet18", "dogsvscats_resnet18") == pytest.approx(
-        [1.35, 0.61, 0.14], abs=0.006
+    assert beyond(switched) == {"dtd_resnet18", "caltech101_resnet18", "dtd_mobilenetv2"}
+    assert told(switched, "dtd_resnet18", "caltech101_resnet18", "dogsvscats_resnet18", "dtd_mobilenetv2") == (
+        pytest.approx([1.21, 0.34, 0.03, 0.96], abs=0.006)
     )
     assert set(ahead.columns[ahead.loc[switched]]) == {"dogsvscats_mobilenetv2"}
     assert told(switched, "dogsvscats_mobilenetv2") == pytest.approx([-0.27], abs=0.005)
-    assert studies["dtd_mobilenetv2"].loc[switched].tolist()[-2:] == pytest.approx([0.8, 0.8], abs=0.01)
     assert (-behind.loc["original"]).to_dict() == pytest.approx({
-        "dogsvscats_resnet18": 0.2, "dtd_resnet18": 0.18, "caltech101_resnet18": 0.15,
-        "dogsvscats_mobilenetv2": 0.08, "dtd_mobilenetv2": 0.35, "caltech101_mobilenetv2": 0.22,
+        "dogsvscats_resnet18": 0.16, "dtd_resnet18": 0.3, "caltech101_resnet18": 0.04,
+        "dogsvscats_mobilenetv2": 0.08, "dtd_mobilenetv2": 0.43, "caltech101_mobilenetv2": 0.22,
     }, abs=0.006)
-    assert set(ahead.columns[~ahead.loc["original"]]) == {"dtd_mobilenetv2", "dtd_resnet18", "dogsvscats_mobilenetv2"}
+    assert set(ahead.columns[~ahead.loc["original"]]) == {"caltech101_resnet18", "dogsvscats_mobilenetv2"}
     kept = "highest loss, latents kept"
     below = behind.loc[kept] - behind.loc["original"]
-    assert below[sorted(resnet)].to_dict() == pytest.approx({
-        "dtd_resnet18": 0.125, "caltech101_resnet18": 0.27, "dogsvscats_resnet18": 0.045,
-    }, abs=0.005)
+    assert below.to_dict() == pytest.approx({
+        "dtd_resnet18": 0.14, "caltech101_resnet18": 0.21, "dogsvscats_resnet18": 0.04, "dtd_mobilenetv2": 0.5,
+        "caltech101_mobilenetv2": 0.72, "dogsvscats_mobilenetv2": 0,
+    }, abs=0.015)
     assert beyond(kept) == {"caltech101_mobilenetv2", "caltech101_resnet18"}
     assert set(ahead.columns[ahead.loc[kept]]) == {"dogsvscats_resnet18"}
-    assert told(kept, "dogsvscats_resnet18", "caltech101_resnet18", "caltech101_mobilenetv2") == pytest.approx(
-        [-0.16, 0.12, 0.5], abs=0.006
-    )
+    assert told(kept, "dogsvscats_resnet18", "caltech101_resnet18") == pytest.approx([-0.12, 0.17], abs=0.006)
     # without measured difficulty the highest priority is the highest loss
     assert (behind.loc["highest loss"] == 0).all()
     tuned = pd.read_csv(ROOT / "book" / "records" / "tuning.csv").groupby(["study", "method"])["val_accuracy"].max()
@@ -248,44 +255,14 @@ def test_what_the_book_says_of_the_committed_table():
     }, abs=0.006)
 
 
-def test_what_the_book_says_of_fresh_seeds():
-    again = pd.read_csv(ROOT / "book" / "records" / "routes_again.csv")
-    before = pd.read_csv(ROOT / "book" / "records" / "routes.csv")
-    variants = ["original", "best subnet", "drawn uniformly"]
-    expected = {
-        "dtd_resnet18": [(-0.16, 0.20), (1.06, 0.25), (0.25, 0.18)],
-        "dogsvscats_resnet18": [(-0.20, 0.06), (-0.08, 0.09), (0.06, 0.07)],
-        "caltech101_resnet18": [(-0.20, 0.07), (0.13, 0.07), (-0.02, 0.05)],
-    }
-    assert set(again["study"]) == set(expected)
-    for study, told in expected.items():
-        rows, earlier = again[again["study"] == study], before[before["study"] == study]
-        assert set(rows["seed"]) == set(range(10, 40)) and set(earlier["seed"]) <= set(range(10))
-        assert not rows.duplicated(["variant", "seed"]).any() and set(rows["variant"]) == {*variants, REFERENCE}
-        costs, before_costs = (runs.groupby("variant")["cost"].mean() for runs in (rows, earlier))
-        assert costs.to_dict() == pytest.approx(before_costs[costs.index].to_dict(), abs=2e-4)
-        reached = compared(rows, REFERENCE).loc[variants, ["behind", "half_width"]]
-        assert reached.to_numpy().tolist() == [pytest.approx(pair, abs=0.006) for pair in told]
-    both = pd.concat([before, again]).query("study == 'dogsvscats_resnet18'")
-    assert both["seed"].nunique() == 40
-    assert compared(both, REFERENCE).loc["drawn uniformly", ["behind", "half_width"]].tolist() == pytest.approx(
-        [0.08, 0.06], abs=0.006
-    )
-
-
 def test_what_the_book_says_of_small_budgets():
     table = pd.read_csv(ROOT / "book" / "records" / "budgets.csv")
-    routes = pd.read_csv(ROOT / "book" / "records" / "routes.csv").set_index(["study", "variant", "seed"]).sort_index()
     below, spread, chance = {}, {}, {}
     for study, rows in table.groupby("study"):
         original = rows[rows["variant"] == "original"].set_index("seed")["test_accuracy"]
-        own = load_study(study).routing.cost
         for (budget, variant), reached in rows[rows["variant"] != "original"].groupby(["budget", "variant"]):
             reached = reached.set_index("seed")["test_accuracy"]
             assert len(reached) == len(original) == (5 if study.startswith("caltech") else 10)
-            if budget == own:  # as in the audit
-                audited = routes.loc[(study, variant), "test_accuracy"]
-                assert (reached - audited).abs().max() < 1e-9
             if variant == "highest priority":
                 below[study, budget], spread[study, budget] = paired_difference(original, reached)
             if variant == "drawn uniformly" and budget == 0.21:
