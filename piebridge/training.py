@@ -25,7 +25,7 @@ from .pet import Split
 from .progress import Memory, Progress, part_of, restore, state_of
 from .routing import Correction, EpochPlan, MeasuredDifficulty, Residuals
 
-SMALL_HEAD = 2**18  # weights, up to which a second thread makes the step of a head no faster
+SMALL_HEAD = 2**18  # weights: with half as many a second thread makes a head's step no faster, with 400,000 it does
 
 
 class Policy(Memory, Protocol):

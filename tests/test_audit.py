@@ -221,7 +221,8 @@ def test_what_the_book_says_of_the_committed_table():
     assert behind.loc[router, "dogsvscats_resnet18"].tolist() == pytest.approx([-0.14, 0.17], abs=0.006)
     assert beyond(router[1]) == set(studies) - {"dtd_mobilenetv2", "dtd_resnet18"}
     reached = table.groupby(["study", "variant"])["test_accuracy"].mean().unstack()
-    assert (reached["lowest similarity"] <= reached["drawn uniformly"] + 1e-9).all()
+    lower = reached["drawn uniformly"] - reached["lowest similarity"]
+    assert (lower.drop("dtd_resnet18") > 0).all() and lower["dtd_resnet18"] == pytest.approx(0, abs=1e-9)
     assert (behind.loc["lowest similarity"] > 0).all()
     assert beyond("lowest similarity") == set(studies) - {"dtd_resnet18"}
     switched = "highest priority, correction switched"
@@ -240,9 +241,9 @@ def test_what_the_book_says_of_the_committed_table():
     kept = "highest loss, latents kept"
     below = behind.loc[kept] - behind.loc["original"]
     assert below.to_dict() == pytest.approx({
-        "dtd_resnet18": 0.14, "caltech101_resnet18": 0.21, "dogsvscats_resnet18": 0.04, "dtd_mobilenetv2": 0.5,
-        "caltech101_mobilenetv2": 0.72, "dogsvscats_mobilenetv2": 0,
-    }, abs=0.015)
+        "dtd_resnet18": 0.1375, "caltech101_resnet18": 0.211, "dogsvscats_resnet18": 0.035, "dtd_mobilenetv2": 0.5,
+        "caltech101_mobilenetv2": 0.72, "dogsvscats_mobilenetv2": -0.01,
+    }, abs=0.005)
     assert beyond(kept) == {"caltech101_mobilenetv2", "caltech101_resnet18"}
     assert set(ahead.columns[ahead.loc[kept]]) == {"dogsvscats_resnet18"}
     assert told(kept, "dogsvscats_resnet18", "caltech101_resnet18") == pytest.approx([-0.12, 0.17], abs=0.006)

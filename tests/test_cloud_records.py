@@ -133,7 +133,7 @@ def test_what_families_are_worth():
     of_resnet = rows[rows["backbone"] == "resnet18"].set_index(["subnet", "dataset"])
     further = of_resnet["fidelity_cloud"] - of_resnet["fidelity"]
     assert further[6].max() < 0.016
-    assert further.loc[[7, 8, 9], "dtd"].tolist() == pytest.approx([0.03] * 3, abs=0.0035)
+    assert further.loc[[7, 8, 9], "dtd"].tolist() == pytest.approx([0.031, 0.033, 0.030], abs=0.0005)
     latency, mean = facts.loc["mobilenet_v2", "relative_latency"], mobile.mean(axis=1)
     assert latency[4] < 1 / 3 and mean[4] == pytest.approx(1.3, abs=0.05)
     assert latency[6] < 0.23 and mean[6] == pytest.approx(2.1, abs=0.05)
@@ -239,7 +239,7 @@ def test_what_one_run_for_all_nine_is_worth():
     assert "extensions" not in provenance
     periods = [period for spec in study.cloud.subnets for period in spec.every or [1] * len(spec.resolutions)]
     assert sorted(periods) == [1] * 6 + [6] * 3
-    sides = {(spec.resolutions[0], *spec.resolutions[1:]) for spec in study.cloud.subnets}
+    sides = {tuple(spec.resolutions) for spec in study.cloud.subnets}
     assert {(128, 112, 120), (128, 128, 100)} < sides
     seeds = pd.read_csv(ROOT / "book" / "records" / "cloud_seeds.csv")
     fidelity = seeds.pivot(index="subnet", columns="seed", values="fidelity")

@@ -266,7 +266,7 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
     assert max(drawn) == pytest.approx(0.0215, abs=0.0006)
     memory = {name: rows["peak_memory_mib"]["piebridge"] / rows["peak_memory_mib"]["pet"]
               for name, rows in studies.items()}
-    assert [min(memory.values()), max(memory.values())] == pytest.approx([0.81, 0.97], abs=0.0055)
+    assert [min(memory.values()), max(memory.values())] == pytest.approx([0.805, 0.966], abs=0.001)
     assert memory["dtd_mobilenetv2"] == max(memory.values())
     own = [1 - rows["prefix_seconds"]["piebridge_cached"] / rows["train_seconds"]["piebridge_cached"]
            for name, rows in studies.items() if name not in resnet]
@@ -325,8 +325,8 @@ def test_what_the_book_says_of_another_machine():
 def test_what_the_book_says_of_rivals_that_train_the_backbone():
     rivals = ["last_k", "elastic", "full", "prune"]
     expected = {  # times PieBridge's seconds and operations, points above it, shares of full training's
-        "dtd_resnet18": ([5.5, 7.2, 14.1, 17.3], [3.4, 3.8, 8.5, 8.5], [1.25, 1.75, -0.25, -0.25], 0.51, 1.23),
-        "dogsvscats_resnet18": ([6.0, 7.5, 16.4, 18.4], [3.8, 4.9, 9.4, 9.4], [-0.15, 2.55, 2.0, 1.8], 0.46, 1.12),
+        "dtd_resnet18": ([5.5, 7.2, 14.1, 17.3], [3.45, 3.83, 8.49, 8.49], [1.25, 1.75, -0.25, -0.25], 0.51, 1.23),
+        "dogsvscats_resnet18": ([6.0, 7.5, 16.4, 18.4], [3.83, 4.88, 9.43, 9.43], [-0.15, 2.55, 2.0, 1.8], 0.46, 1.12),
     }
     tuning = pd.read_csv(ROOT / "book" / "records" / "rivals_tuning.csv")
     assert set(tuning["study"]) == set(expected)
@@ -336,9 +336,10 @@ def test_what_the_book_says_of_rivals_that_train_the_backbone():
         seconds, operations = (runs[column] / runs.loc["piebridge", column]
                                for column in ("train_seconds", "train_gmacs"))
         assert seconds[rivals].tolist() == pytest.approx(slower, abs=0.05)
-        assert operations[rivals].tolist() == pytest.approx(more, abs=0.055)
+        assert operations[rivals].tolist() == pytest.approx(more, abs=0.005)
         ahead = runs["test_accuracy"] - runs.loc["piebridge", "test_accuracy"]
         assert ahead[rivals].tolist() == pytest.approx(points, abs=1e-6)
+        assert set(runs["test_images"]) == {400 if name == "dtd_resnet18" else 2000}  # how many images a point is
         assert seconds["elastic"] / seconds["full"] == pytest.approx(halved, abs=0.005)
         assert ahead["elastic"] > ahead["full"] and abs(ahead["prune"] - ahead["full"]) < 0.21
         assert seconds["prune"] / seconds["full"] == pytest.approx(lasso, abs=0.005)
