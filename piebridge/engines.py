@@ -72,37 +72,47 @@ def _eager(network: nn.Module, example: Tensor) -> Runner:
         frozen = copy.deepcopy(network)
     frozen = frozen.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     if example.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        frozen = _packed(frozen, example)
+        return _PackedRunner(frozen, len(example))
     if example.device.type == "cuda":
         fold_stem(frozen)
-
-    def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return frozen(images)
-
-    return run
+    return torch.inference_mode()(frozen.forward)
 
 
-def _packed(frozen: nn.Sequential, example: Tensor) -> nn.Sequential:
-    """The network with packed convolutions; as it is, with a warning, where this PyTorch refuses them.
+class _PackedRunner:
+    """Runs a network with packed convolutions; as it is, with a warning, where this PyTorch refuses them.
 
-    PyTorch 2.11, for one, refuses an addition behind a convolution where maps have come down to a single pixel. So one
-    pass over the example is made to see. Other builds may lack an operator.
+    PyTorch 2.11, for one, refuses an addition behind a convolution where maps have come down to a single pixel. Other
+    builds may lack an operator. The first pass tells.
+
+    Args:
+        frozen: blocks traced by torch.fx, and others.
+        batch_size: images of a pass, for which weights are laid out.
     """
-    packed = copy.deepcopy(frozen)
-    for part in packed:
-        if isinstance(part, GraphModule):
-            _pack_convolutions(part)
-    try:
-        with torch.inference_mode():
-            packed(example)
-    except (RuntimeError, AttributeError) as error:
-        warnings.warn(
-            f"PyTorch {torch.__version__} refuses this network's packed convolutions ({error}): it runs without them, "
-            "which is slower", stacklevel=4,  # who called `prepare`
-        )
-        return frozen
-    return packed
+
+    def __init__(self, frozen: nn.Sequential, batch_size: int) -> None:
+        # the same layers in graphs of their own
+        parts = [GraphModule(part, copy.deepcopy(part.graph)) if isinstance(part, GraphModule) else part
+                 for part in frozen]
+        for part in parts:
+            if isinstance(part, GraphModule):
+                _pack_convolutions(part, batch_size)
+        self.network, self.unpacked = nn.Sequential(*parts), frozen
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.unpacked is None:
+            return self.network(images)
+        try:
+            latents = self.network(images)
+        except (RuntimeError, AttributeError) as error:
+            warnings.warn(
+                f"PyTorch {torch.__version__} refuses this network's packed convolutions ({error}): it runs without "
+                "them, which is slower", stacklevel=3,  # who called this
+            )
+            self.network = self.unpacked
+            latents = self.network(images)
+        self.unpacked = None
+        return latents
 
 
 class _PackedConvolution(nn.Module):
@@ -118,11 +128,12 @@ class _PackedConvolution(nn.Module):
     Args:
         convolution: a frozen layer.
         activation: a ReLU, a ReLU6, or None.
+        batch_size: images of a pass, for which weights are laid out.
     """
 
-    def __init__(self, convolution: nn.Conv2d, activation: Optional[nn.Module]) -> None:
+    def __init__(self, convolution: nn.Conv2d, activation: Optional[nn.Module], batch_size: int) -> None:
         super().__init__()
-        self.convolution = convolution
+        self.convolution, self.batch_size = convolution, batch_size
         self.activation = {nn.ReLU: ("relu", []), nn.ReLU6: ("hardtanh", [0.0, 6.0]), type(None): ("none", [])}[
             type(activation)
         ]
@@ -140,7 +151,7 @@ class _PackedConvolution(nn.Module):
                 pack = _as_linear
             else:
                 pack = _as_convolution
-            self.call = pack(layer, *self.activation, maps.shape, bool(added))
+            self.call = pack(layer, *self.activation, torch.Size((self.batch_size, *maps.shape[1:])), bool(added))
         return self.call(maps, *added)
 
     __call__ = forward  # without what PyTorch does around a module's forward, one part in ten of a small layer's time
@@ -197,7 +208,7 @@ def _as_linear_of_maps(
     return lambda maps, added: unflat(last(binary(flat(maps), flat(added), packed, bias, "add")))
 
 
-def _pack_convolutions(block: GraphModule) -> None:
+def _pack_convolutions(block: GraphModule, batch_size: int) -> None:
     """Replace the convolutions in place, with the addition and the ReLU that follow."""
     graph, modules = block.graph, dict(block.named_modules())
     for node in list(graph.nodes):
@@ -216,7 +227,7 @@ def _pack_convolutions(block: GraphModule) -> None:
             activation = modules[following.target]
             replaced.append(following)
         name = f"packed_{node.name}"
-        block.add_module(name, _PackedConvolution(layer, activation))
+        block.add_module(name, _PackedConvolution(layer, activation, batch_size))
         with graph.inserting_before(replaced[-1]):
             replaced[-1].replace_all_uses_with(graph.call_module(name, tuple(inputs)))
         for old in reversed(replaced):

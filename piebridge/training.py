@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Protocol, Union
@@ -25,7 +24,7 @@ from .pet import Split
 from .progress import Memory, Progress, part_of, restore, state_of
 from .routing import Correction, EpochPlan, MeasuredDifficulty, Residuals
 
-SMALL_HEAD = 2**18  # weights: with half as many a second thread makes a head's step no faster, with 400,000 it does
+HEAD_BLOCK = 128  # images whose steps a linear head takes together, see `_head_steps`; 64 or 256 take as long
 
 
 class Policy(Memory, Protocol):
@@ -164,8 +163,8 @@ def fit(
         del state
     step = len(run.history) * math.ceil(count / config.batch_size)
     # `before_epoch` may freeze a part of the head for a time
-    alone = _is_head(suffix) and plan.penalty is None and plan.before_epoch is None and config.momentum > 0
-    small = alone and suffix[0].weight.numel() <= SMALL_HEAD
+    alone = _is_head(suffix) and plan.penalty is None and plan.before_epoch is None
+    together = HEAD_BLOCK // config.batch_size * config.batch_size if alone else 0  # 0: a batch is no part of a block
     costs.reset_peak_memory(device)
     energy = costs.energy_counter_j()
     done = len(run.history)
@@ -190,18 +189,24 @@ def fit(
                 latents = source.window(window, routes, epoch_plan.pairs, plan.policy.route)
                 if not losses and plan.before_epoch is not None:  # here, for its first batch is at hand
                     with stopwatch("engine"):
-                        _anneal(optimizer, learning_rate, step, steps)
+                        optimizer.param_groups[0]["lr"] = _annealed(learning_rate, step, steps)
                         first = window[: config.batch_size]
                         plan.before_epoch(epoch, optimizer, latents[: len(first)], labels_there[first])
-                with stopwatch("suffix"), _single_thread() if small else contextlib.nullcontext():
-                    for batch, chosen in zip(latents.split(config.batch_size), window.split(config.batch_size)):
-                        _anneal(optimizer, learning_rate, step, steps)
-                        if alone:
-                            losses.append(_head_step(suffix[0], batch, labels_there[chosen], optimizer))
+                with stopwatch("suffix"):
+                    size = together or config.batch_size
+                    for batch, chosen in zip(latents.split(size), window.split(size)):
+                        count_of_steps = math.ceil(len(batch) / config.batch_size)
+                        rates = [_annealed(learning_rate, step + i, steps) for i in range(count_of_steps)]
+                        if together:
+                            taken = _head_steps(
+                                suffix[0], batch, labels_there[chosen], optimizer, rates, config.batch_size
+                            )
                         else:
-                            losses.append(_step(suffix, batch, labels_there[chosen], optimizer, plan.penalty))
-                        step += 1
-                plan.policy.observe(window, torch.cat(losses[-math.ceil(len(window) / config.batch_size) :]).cpu())
+                            optimizer.param_groups[0]["lr"] = rates[0]
+                            taken = _step(suffix, batch, labels_there[chosen], optimizer, plan.penalty)
+                        losses.append(taken)
+                        step += count_of_steps
+                plan.policy.observe(window, torch.cat(losses[-math.ceil(len(window) / size) :]).cpu())
                 fresh_pairs = int(torch.isin(window, epoch_plan.pairs).sum())
                 paired += fresh_pairs
                 if correction is not None and fresh_pairs and paired == len(epoch_plan.pairs):
@@ -252,9 +257,9 @@ def _windows(order: Tensor, plan: EpochPlan, config: TrainingConfig) -> list[Ten
     return [piece for piece in pieces if len(piece)]
 
 
-def _anneal(optimizer: torch.optim.SGD, peak: float, step: int, steps: int) -> None:
-    """Set the learning rate of a step: on a cosine from its peak to zero."""
-    optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+def _annealed(peak: float, step: int, steps: int) -> float:
+    """The learning rate of a step: on a cosine from its peak to zero."""
+    return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _step(
@@ -280,39 +285,61 @@ def _is_head(suffix: nn.Sequential) -> bool:
     return all(parameter.requires_grad for parameter in suffix.parameters())
 
 
-@contextlib.contextmanager
-def _single_thread() -> Iterator[None]:
-    """For arithmetic so small that threads gain nothing, and wait for each other where anything else runs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @torch.no_grad()
-def _head_step(head: nn.Linear, latents: Tensor, labels: Tensor, optimizer: torch.optim.SGD) -> Tensor:
-    """`_step` for a linear head alone, without autograd, which takes longer than the arithmetic.
+def _head_steps(
+    head: nn.Linear, latents: Tensor, labels: Tensor, optimizer: torch.optim.SGD, rates: list[float], batch_size: int
+) -> Tensor:
+    """Several of `_step` for a linear head alone, which end where they would one by one, but for rounding.
 
-    The gradient is a product of matrices, which goes into the optimizer's momentum directly.
+    A step moves the logits of images yet to come by what it moves the weights, times their latents. So for a block of
+    images the steps are taken on its logits (B, classes) and on how its momentum moves these, through the products of
+    its latents with each other (B, B), and weights and momentum are written once at the end. One by one, each step
+    would read and write all weights three times over, which takes longer than the arithmetic.
+
+    Args:
+        head: to be trained.
+        latents, labels: shapes (B, channels) and (B,), in the order of the batches.
+        optimizer: whose momentum is used and kept.
+        rates: the learning rate of each step.
+        batch_size: images a step; the last may have fewer.
+
+    Returns:
+        The loss of each image before its own step, shape (B,).
     """
-    log_probabilities = head(latents).log_softmax(1)
-    losses = functional.nll_loss(log_probabilities, labels, reduction="none")
-    errors = log_probabilities.exp_()
-    errors[torch.arange(len(labels), device=labels.device), labels] -= 1
-    errors /= len(labels)
-    if not optimizer.state:  # its first step makes the momenta
-        head.weight.grad, head.bias.grad = errors.T @ latents, errors.sum(0)
-        optimizer.step()
-        return losses
-    momentum, rate = (optimizer.param_groups[0][name] for name in ("momentum", "lr"))
-    weight, bias = (optimizer.state[parameter]["momentum_buffer"] for parameter in (head.weight, head.bias))
-    torch.addmm(weight, errors.T, latents, beta=momentum, out=weight)
-    torch.add(errors.sum(0), bias, alpha=momentum, out=bias)
-    head.weight.add_(weight, alpha=-rate)
-    head.bias.add_(bias, alpha=-rate)
-    return losses
+    momentum = optimizer.param_groups[0]["momentum"]
+    weight_buffer, bias_buffer = (_momentum_buffer(optimizer, parameter) for parameter in (head.weight, head.bias))
+    count, last = len(latents), len(rates) - 1
+    sizes = torch.full((count, 1), float(batch_size), device=latents.device)  # of the batch that an image is in
+    sizes[last * batch_size :] = count - last * batch_size
+    logits, velocity = head(latents), torch.addmm(bias_buffer, latents, weight_buffer.T)
+    products = (latents @ latents.T).add_(1).div_(sizes.T)  # the bias is a channel that is always one
+    errors, wanted = torch.empty_like(logits), functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    for step, rate in enumerate(rates):
+        start, stop = step * batch_size, min(count, (step + 1) * batch_size)
+        error = torch.softmax(logits[start:stop], 1, out=errors[start:stop]).sub_(wanted[start:stop])
+        coming = velocity[stop:].addmm_(products[stop:, start:stop], error, beta=momentum)
+        logits[stop:].add_(coming, alpha=-rate)
+    # of each step's gradient: how far it has moved the weights by the end, and how much of it is left in the momentum
+    moved, left = [0.0] * len(rates), [momentum ** (last - step) for step in range(len(rates))]
+    for step in reversed(range(len(rates))):
+        moved[step] = rates[step] + (momentum * moved[step + 1] if step < last else 0.0)
+    shares = torch.tensor([moved, left], device=latents.device).repeat_interleave(batch_size, 1)[:, :count]
+    movement, remainder = (errors * (share.unsqueeze(1) / sizes) for share in shares)
+    for parameter, buffer, gradients in (
+        (head.weight, weight_buffer, (movement.T @ latents, remainder.T @ latents)),
+        (head.bias, bias_buffer, (movement.sum(0), remainder.sum(0))),
+    ):
+        parameter.sub_(buffer, alpha=momentum * moved[0]).sub_(gradients[0])
+        buffer.mul_(momentum ** len(rates)).add_(gradients[1])
+    return functional.cross_entropy(logits, labels, reduction="none")
+
+
+def _momentum_buffer(optimizer: torch.optim.SGD, parameter: nn.Parameter) -> Tensor:
+    """Where `torch.optim.SGD` keeps the momentum of a parameter, zero before its first step."""
+    state = optimizer.state[parameter]
+    if state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    return state["momentum_buffer"]
 
 
 def accuracy(suffix: nn.Module, latents: Callable[[Tensor], Tensor], labels: Tensor, indices: Tensor) -> float:

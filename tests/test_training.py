@@ -16,7 +16,7 @@ from piebridge.config import TrainingConfig
 from piebridge.methods import REGISTRY
 from piebridge.pet import Split
 from piebridge.routing import NO_PAIRS, EpochPlan, FixedRoute
-from piebridge.training import Plan, _head_step, _is_head, _step, _windows, accuracy, fit
+from piebridge.training import Plan, _head_steps, _is_head, _step, _windows, accuracy, fit
 
 LABELS = torch.arange(13) % 3
 
@@ -230,43 +230,47 @@ def test_accuracy_is_the_share_that_is_right():
     assert accuracy(nn.Identity(), lambda chosen: latents[chosen], labels, torch.tensor([3, 0])) == 50.0
 
 
-def test_the_step_of_a_head_is_that_of_autograd():
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 3), (4, 1), (4,), (3,), (4,) * 30], ids=str)
+def test_steps_taken_together_are_those_of_autograd(momentum, sizes):
+    """Two blocks of batches: the second starts with the momentum of the first."""
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(size, 12, generator=generator) for size in (4, 4, 3, 1)]
+    blocks = [[torch.randn(size, 12, generator=generator) for size in sizes] for _ in range(2)]
+    rates = [0.3 / (1 + step) for step in range(len(sizes))]
     reached = []
-    for by_formula in (False, True):
+    for together in (False, True):
         torch.manual_seed(0)
         suffix = nn.Sequential(nn.Linear(12, 5))
-        optimizer = torch.optim.SGD(suffix.parameters(), lr=0.3, momentum=0.9, fused=True)
+        optimizer = torch.optim.SGD(suffix.parameters(), lr=1.0, momentum=momentum, fused=True)
         losses = []
-        for batch in batches:
-            labels = torch.arange(len(batch)) % 5
-            if by_formula:
-                losses.append(_head_step(suffix[0], batch, labels, optimizer))
-            else:
-                losses.append(_step(suffix, batch, labels, optimizer, None))
+        for block in blocks:
+            labels = [torch.arange(len(batch)) % 5 for batch in block]
+            if together:
+                inputs = torch.cat(block), torch.cat(labels)
+                losses.append(_head_steps(suffix[0], *inputs, optimizer, rates, sizes[0]))
+                continue
+            for batch, wanted, rate in zip(block, labels, rates):
+                optimizer.param_groups[0]["lr"] = rate
+                losses.append(_step(suffix, batch, wanted, optimizer, None))
         reached.append([torch.cat(losses), *(parameter.detach() for parameter in suffix.parameters())])
     for one, other in zip(*reached):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method, small, threads", [("pet", 2**18, 1), ("pet", 0, 2), ("full", 2**18, 2)])
-def test_the_steps_of_a_small_head_take_one_thread(monkeypatch, method, small, threads):
-    seen = {"_head_step": set(), "_step": set()}
-    for name, step in (("_head_step", _head_step), ("_step", _step)):
+@pytest.mark.parametrize(
+    "method, block, taken", [("pet", 128, "_head_steps"), ("pet", 3, "_step"), ("full", 128, "_step")]
+)
+def test_a_head_takes_its_steps_together(monkeypatch, method, block, taken):
+    """Unless a batch is larger than a block, or more than a head is trained."""
+    called = set()
+    for name, step in (("_head_steps", _head_steps), ("_step", _step)):
         def watched(*arguments, name=name, step=step):
-            seen[name].add(torch.get_num_threads())
+            called.add(name)
             return step(*arguments)
         monkeypatch.setattr(f"piebridge.training.{name}", watched)
-    monkeypatch.setattr("piebridge.training.SMALL_HEAD", small)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        train(bare_setting(random_backbone("embedded")), method)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert seen["_head_step" if method == "pet" else "_step"] == {threads}
+    monkeypatch.setattr("piebridge.training.HEAD_BLOCK", block)
+    train(bare_setting(random_backbone("embedded")), method)
+    assert called == {taken}
 
 
 @pytest.mark.parametrize("suffix, alone", [
