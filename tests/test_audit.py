@@ -170,6 +170,17 @@ def test_committed_table_is_whole():
         assert budgeted["cost"].tolist() == pytest.approx([load_study(study).routing.cost] * len(budgeted), rel=0.02)
 
 
+def test_what_the_book_says_of_two_hundred_more_seeds():
+    table = pd.read_csv(ROOT / "book" / "records" / "routes_more_seeds.csv")
+    assert set(table["study"]) == {"dtd_resnet18"}
+    assert table.groupby("variant")["seed"].agg(list).map(lambda seeds: seeds == list(range(100, 300))).all()
+    rows = compared(table, REFERENCE).drop(REFERENCE)
+    told = {"original": (-0.30, 0.07), "best subnet": (0.44, 0.10), "drawn uniformly": (0.13, 0.07)}
+    assert set(rows.index) == set(told)
+    for variant, expected in told.items():
+        assert rows.loc[variant, ["behind", "half_width"]].tolist() == pytest.approx(expected, abs=0.005)
+
+
 def test_what_the_book_says_of_the_committed_table():
     table = pd.read_csv(ROOT / "book" / "records" / "routes.csv")
     studies = {study: compared(rows, REFERENCE) for study, rows in table.groupby("study")}

@@ -252,25 +252,25 @@ def test_what_the_book_says_of_speed_budgets_and_lower_resolutions():
         assert 9 < seconds["pet"] / seconds["cached"] < 11.2
         faster[name] = seconds["pet"] / seconds["piebridge"]
     resnet = {name for name in studies if name.endswith("resnet18")}
-    assert sorted(round(cached[name], 2) for name in set(studies) - resnet) == [1.35, 1.38, 1.42]
+    assert sorted(round(cached[name], 2) for name in set(studies) - resnet) == [1.35, 1.42, 1.71]
     kept = [cached[f"{name}_resnet18"] for name in ("dtd", "dogsvscats", "caltech101")]
     assert kept == pytest.approx([1.81, 1.76, 1.82], abs=0.005)
     slowest, fastest = ([kind(faster[name] for name in names) for names in (resnet, set(studies) - resnet)]
                         for kind in (min, max))
-    assert slowest == pytest.approx([2.58, 2.04], abs=0.005) and fastest == pytest.approx([2.69, 2.14], abs=0.005)
+    assert slowest == pytest.approx([2.58, 2.12], abs=0.005) and fastest == pytest.approx([2.69, 2.26], abs=0.005)
     over = {name: share["piebridge"] for name, share in spent.items()}
-    for names, expected in ((resnet, [-0.015, 0.008]), (set(studies) - resnet, [-0.045, 0])):
+    for names, expected in ((resnet, [-0.015, 0.008]), (set(studies) - resnet, [-0.053, -0.023])):
         shares = [over[name] for name in names]
         assert [min(shares), max(shares)] == pytest.approx(expected, abs=0.0006)
     drawn = [abs(share["random"]) for share in spent.values()]
-    assert max(drawn) == pytest.approx(0.0215, abs=0.0006)
+    assert max(drawn) == pytest.approx(0.036, abs=0.0006)
     memory = {name: rows["peak_memory_mib"]["piebridge"] / rows["peak_memory_mib"]["pet"]
               for name, rows in studies.items()}
-    assert [min(memory.values()), max(memory.values())] == pytest.approx([0.805, 0.966], abs=0.001)
+    assert [min(memory.values()), max(memory.values())] == pytest.approx([0.805, 0.930], abs=0.001)
     assert memory["dtd_mobilenetv2"] == max(memory.values())
     own = [1 - rows["prefix_seconds"]["piebridge_cached"] / rows["train_seconds"]["piebridge_cached"]
            for name, rows in studies.items() if name not in resnet]
-    assert [min(own), max(own)] == pytest.approx([0.335, 0.437], abs=0.005)
+    assert [min(own), max(own)] == pytest.approx([0.285, 0.379], abs=0.005)
     rows, routing = studies["caltech101_mobilenetv2"]["prefix_seconds"], load_study("caltech101_mobilenetv2").routing
     spent_kept = 12 * rows["piebridge_cached"] / rows["pet"] / routing.cached_cost
     assert routing.cached_cost == 0.6 and spent_kept == pytest.approx(1.05, abs=0.005)
@@ -296,6 +296,23 @@ def test_what_the_book_says_of_kept_latents_run_in_turn():
     )
 
 
+def test_what_the_book_says_of_kept_latents_of_mobilenetv2():
+    table = pd.read_csv(ROOT / "book" / "records" / "kept_seconds_mobilenetv2.csv")
+    assert table["commit"].nunique() == 1 and not table["commit"].str.endswith("+").any()
+    runs = [("caltech101_mobilenetv2", 0.6), ("caltech101_mobilenetv2", 0.67), ("dogsvscats_mobilenetv2", 0.56)]
+    pairs = table.pivot(index=["study", "budget", "repeat"], columns="method", values="train_seconds")
+    assert pairs.groupby(["study", "budget"]).size().to_dict() == dict.fromkeys(runs, 5)
+    ratios, medians = pairs["cached"] / pairs["piebridge_cached"], pairs.groupby(["study", "budget"]).median()
+    assert [ratios.min(), ratios.max()] == pytest.approx([1.31, 1.72], abs=0.005)
+    assert (medians["cached"] / medians["piebridge_cached"])[runs].tolist() == pytest.approx(
+        [1.55, 1.42, 1.57], abs=0.005
+    )
+    for study, budget in (runs[0], runs[2]):
+        assert load_study(study).routing.cached_cost == budget
+    lost = records.compared(pd.read_csv(ROOT / "book" / "records" / "kept_budget.csv"), "original")
+    assert (lost["behind"].drop("original") > 0.5).all() and len(lost) == 3
+
+
 def test_what_the_book_says_of_another_machine():
     other = records.read_table(ROOT / "book" / "records" / "other_machine.csv").set_index("method")
     assert set(other["study"]) == {"dtd_mobilenetv2"} and other["device"].nunique() == 1
@@ -307,19 +324,19 @@ def test_what_the_book_says_of_another_machine():
     seconds, passes = other["train_seconds"], other["prefix_seconds"]
     images = other.loc["pet", "epochs"] * other.loc["pet", "train_images"]
     assert [1000 * rows["prefix_seconds"]["pet"] / images for rows in (other, here)] == pytest.approx(
-        [4.1, 1.3], abs=0.05
+        [4.1, 6.4], abs=0.05
     )
     assert seconds["pet"] / seconds["piebridge"] == pytest.approx(1.94, abs=0.005)
     assert seconds["cached"] / seconds["piebridge_cached"] == pytest.approx(1.18, abs=0.005)
-    assert here["train_seconds"]["cached"] / here["train_seconds"]["piebridge_cached"] == pytest.approx(1.38, abs=0.005)
+    assert here["train_seconds"]["cached"] / here["train_seconds"]["piebridge_cached"] == pytest.approx(1.71, abs=0.005)
     assert passes["piebridge"] / passes["pet"] / load_study("dtd_mobilenetv2").routing.cost - 1 == pytest.approx(
         0.057, abs=0.0005
     )
     assert seconds["piebridge_cached"] == pytest.approx(3.8, abs=0.05)
     assert 1 - passes["piebridge_cached"] / seconds["piebridge_cached"] == pytest.approx(0.5, abs=0.01)
     moved = other["test_accuracy"] - here["test_accuracy"]
-    assert moved.drop(["full", "resolution", "random"]).abs().max() == 200 / other.loc["pet", "test_images"] == 0.5
-    assert (moved["full"], moved["resolution"], moved["random"]) == (-3, -1, 1)
+    assert moved.drop(["full", "resolution"]).abs().max() == 200 / other.loc["pet", "test_images"] == 0.5
+    assert (moved["full"], moved["resolution"]) == (-2.75, -1)
 
 
 def test_what_the_book_says_of_rivals_that_train_the_backbone():
@@ -329,7 +346,7 @@ def test_what_the_book_says_of_rivals_that_train_the_backbone():
         "dogsvscats_resnet18": ([6.0, 7.5, 16.4, 18.4], [3.83, 4.88, 9.43, 9.43], [-0.15, 2.55, 2.0, 1.8], 0.46, 1.12),
     }
     tuning = pd.read_csv(ROOT / "book" / "records" / "rivals_tuning.csv")
-    assert set(tuning["study"]) == set(expected)
+    assert set(tuning["study"]) == set(committed_plain_studies())
     for name, (slower, more, points, halved, lasso) in expected.items():
         runs, study = committed_plain_studies()[name], load_study(name)
         assert set(study.training.methods) == set(METHODS) == set(runs.index) and set(runs["seed"]) == {0}
@@ -351,6 +368,36 @@ def test_what_the_book_says_of_rivals_that_train_the_backbone():
             tried = tried.sort_values("learning_rate")
             assert len(tried) >= 3
             assert tried.loc[tried["val_accuracy"].idxmax(), "learning_rate"] == study.training.learning_rate[method]
+
+
+def test_what_the_book_says_of_rivals_over_seeds():
+    runs = pd.read_csv(ROOT / "book" / "records" / "rivals_seeds.csv")
+    tuning = pd.read_csv(ROOT / "book" / "records" / "rivals_tuning.csv")
+    assert set(runs.groupby(["study", "method"])["seed"].agg(tuple)) == {(0, 1, 2)}
+    assert runs.groupby("method")["study"].nunique().to_dict() == {
+        "elastic": 6, "full": 6, "last_k": 3, "prune": 6, "resolution": 2
+    }
+    best = tuning.sort_values("val_accuracy", ascending=False, kind="stable").groupby(["study", "method"]).first()
+    for (study, method), rows in runs.groupby(["study", "method"]):
+        if (study, method) in best.index:  # the best, the first of those that are level
+            tried = tuning[(tuning["study"] == study) & (tuning["method"] == method)].set_index("learning_rate")
+            assert tried.loc[rows["learning_rate"].unique(), "val_accuracy"].tolist() == [tried["val_accuracy"].max()]
+    routes = pd.read_csv(ROOT / "book" / "records" / "routes.csv")
+    original = routes[(routes["variant"] == "original") & (routes["seed"] < 3)].groupby("study")["test_accuracy"].mean()
+    means = runs.pivot_table(index="study", columns="method", values="test_accuracy")
+    ahead = means.sub(original, axis=0)
+    assert ahead["full"]["dtd_resnet18"] == pytest.approx(-0.5, abs=0.005)
+    others = ahead["full"].drop("dtd_resnet18")
+    assert [others.min(), others.max()] == pytest.approx([1.3, 2.9], abs=0.05)
+    pruned = means["prune"] - means["full"]
+    assert [pruned.min(), pruned.max()] == pytest.approx([-0.8, 0.5], abs=0.05)
+    elastic = ahead["elastic"].drop(["dogsvscats_resnet18", "dtd_mobilenetv2"])
+    assert [elastic.min(), elastic.max()] == pytest.approx([0.6, 0.9], abs=0.05)
+    assert ahead["elastic"]["dogsvscats_resnet18"] == pytest.approx(0, abs=0.08)
+    collapsed = runs[(runs["study"] == "dtd_mobilenetv2") & (runs["method"] == "elastic")]
+    tried = tuning[(tuning["study"] == "dtd_mobilenetv2") & (tuning["method"] == "elastic")]["learning_rate"]
+    assert (collapsed["test_accuracy"] == 10).sum() == 2 and set(collapsed["learning_rate"]) == {tried.max()}
+
 
 
 def test_what_full_training_brings():
