@@ -394,6 +394,7 @@ def test_what_the_book_says_of_rivals_over_seeds():
     elastic = ahead["elastic"].drop(["dogsvscats_resnet18", "dtd_mobilenetv2"])
     assert [elastic.min(), elastic.max()] == pytest.approx([0.6, 0.9], abs=0.05)
     assert ahead["elastic"]["dogsvscats_resnet18"] == pytest.approx(0, abs=0.08)
+    assert [ahead["last_k"].min(), ahead["last_k"].max()] == pytest.approx([0.1, 0.9], abs=0.05)
     collapsed = runs[(runs["study"] == "dtd_mobilenetv2") & (runs["method"] == "elastic")]
     tried = tuning[(tuning["study"] == "dtd_mobilenetv2") & (tuning["method"] == "elastic")]["learning_rate"]
     assert (collapsed["test_accuracy"] == 10).sum() == 2 and set(collapsed["learning_rate"]) == {tried.max()}
