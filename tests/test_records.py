@@ -406,7 +406,7 @@ def test_what_full_training_brings():
             if "full" in rows.index}
     gains = {study: rows["test_accuracy"]["full"] - rows["test_accuracy"]["pet"] for study, rows in both.items()}
     assert gains == pytest.approx({
-        "caltech101_mobilenetv2": 2.7, "dtd_mobilenetv2": 3.75, "dogsvscats_mobilenetv2": 1.5,
+        "caltech101_mobilenetv2": 2.7, "dtd_mobilenetv2": 3.5, "dogsvscats_mobilenetv2": 1.5,
         "dogsvscats_resnet18": 1.8, "dtd_resnet18": -0.25, "caltech101_resnet18": 2.2,
     }, abs=0.2)
     slower = [rows["train_seconds"]["full"] / rows["train_seconds"]["pet"] for rows in both.values()]
