@@ -377,11 +377,11 @@ def test_what_the_book_says_of_rivals_over_seeds():
     assert runs.groupby("method")["study"].nunique().to_dict() == {
         "elastic": 6, "full": 6, "last_k": 3, "prune": 6, "resolution": 2
     }
-    best = tuning.sort_values("val_accuracy", ascending=False, kind="stable").groupby(["study", "method"]).first()
-    for (study, method), rows in runs.groupby(["study", "method"]):
-        if (study, method) in best.index:  # the best, the first of those that are level
-            tried = tuning[(tuning["study"] == study) & (tuning["method"] == method)].set_index("learning_rate")
-            assert tried.loc[rows["learning_rate"].unique(), "val_accuracy"].tolist() == [tried["val_accuracy"].max()]
+    tuned = dict(list(tuning.set_index("learning_rate").groupby(["study", "method"])))
+    for key, rows in runs.groupby(["study", "method"]):
+        if key in tuned:
+            reached = tuned[key]["val_accuracy"]
+            assert reached[rows["learning_rate"].unique()].tolist() == [reached.max()]
     routes = pd.read_csv(ROOT / "book" / "records" / "routes.csv")
     original = routes[(routes["variant"] == "original") & (routes["seed"] < 3)].groupby("study")["test_accuracy"].mean()
     means = runs.pivot_table(index="study", columns="method", values="test_accuracy")
@@ -398,7 +398,6 @@ def test_what_the_book_says_of_rivals_over_seeds():
     collapsed = runs[(runs["study"] == "dtd_mobilenetv2") & (runs["method"] == "elastic")]
     tried = tuning[(tuning["study"] == "dtd_mobilenetv2") & (tuning["method"] == "elastic")]["learning_rate"]
     assert (collapsed["test_accuracy"] == 10).sum() == 2 and set(collapsed["learning_rate"]) == {tried.max()}
-
 
 
 def test_what_full_training_brings():
