@@ -284,8 +284,8 @@ class RoutingConfig(Section):
     )
     correction: bool = Field(True, description="Correct the subnet's latents towards the original's by a ridge map.")
     cached_correction: bool = Field(
-        True, description="Whether piebridge_cached corrects too, where `correction` is on; its pairs come out of "
-        "`cached_cost`."
+        True, description="Whether piebridge_cached corrects too, where `correction` is on: once, by those images that "
+        "have had both passes by then."
     )
     pairs: Union[Annotated[int, Field(ge=2)], Literal["all"]] = Field(
         100, description="Images put through both networks in the first epoch to fit the correction; all: every "

@@ -22,6 +22,7 @@ from .data import allocate
 from .engines import Runner
 from .routing import Correction, MeasuredDifficulty, Residuals
 
+CORRECTED_TOGETHER = 1024  # kept latents
 SMALLEST_PASS = 4  # images; a smaller group is filled up
 
 
@@ -36,7 +37,7 @@ class LatentSource:
         device: where latents are wanted.
         stopwatch: seconds go to `data`, `prefix`, `cache` and `correction`.
         cached: keep every (image, member) latent and never compute it again.
-        correction: of all members but the original, or None.
+        correction: of all members but the original, or None; where latents are kept, see `correct`.
         residuals: what to remember of the corrected members' errors, or None.
         prices: expected cost of each member's pass over an image, relative to the original's, for `account`.
         measured: difficulty to measure on pairs, or None.
@@ -79,7 +80,7 @@ class LatentSource:
             part = self._of_member(route, indices[places])
             if route == 0 and len(pairs):
                 self._pair(indices[places], part, pairs, pair_route)
-            if route > 0 and self.correction is not None:
+            if route > 0 and self.correction is not None and not self.cached:
                 with self.stopwatch("correction"):
                     part = self.correction.apply(route, part)
                     if self.residuals is not None:
@@ -98,6 +99,20 @@ class LatentSource:
         """
         if len(indices):
             self._of_member(route, indices)
+
+    def correct(self, route: int) -> None:
+        """Fit a member's map on all images whose latents of both networks are kept, and correct what is kept of it.
+
+        Once, when no more originals are bought: nothing is corrected again in each epoch.
+        """
+        if route not in self._stores or 0 not in self._stores:
+            return
+        (latents, there), (originals, bought) = self._stores[route], self._stores[0]
+        for chosen in torch.nonzero(there & bought).flatten().split(self.batch_size):
+            self.correction.add(route, latents[chosen], originals[chosen])
+        self.correction.fit(route)
+        for chosen in torch.nonzero(there & ~bought).flatten().split(CORRECTED_TOGETHER):
+            latents[chosen] = self.correction.apply(route, latents[chosen])
 
     def account(self) -> tuple[float, dict[int, float]]:
         """What all passes have cost so far, and what each member's pass over an image costs, in the original's passes.

@@ -16,6 +16,11 @@ Algorithm (importance routing). Let c be the cheap subnet's relative cost and C 
    subnet, in another view, it gets a part of it back.
 4. q is what the budget leaves after the subnet's passes, the pairs and the router.
 
+Where latents are kept, an original is bought once, and what is bought by its loss has paid for the subnet already. So
+`FIRST` of what the budget leaves buys originals at the very first, drawn at random, whose images never see the subnet;
+the rest is bought by priority in the epochs that follow. These are pairs for nothing, and when the last of them is
+bought, the map is fitted and the subnet's kept latents are corrected, once.
+
 The artifact compared a batch's loss with its moving average and only ever made routes cheaper; each image's own last
 loss serves better (the book has the figures).
 """
@@ -34,6 +39,7 @@ from torch.nn import functional
 Choice = Literal["drawn", "highest", "random"]
 SHRINKAGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, relative to the first pairs' summed variance
 IN_SAMPLE = 1e-6  # likewise, where the pairs are all that will be corrected: against rounding only
+FIRST = 2 / 3  # of what a cached run spends on originals, before any loss is known
 UNSEEN = 0.3  # what an image that the original has not seen is ahead of others, in ranks of the loss (0 to 1)
 POSITIONS = 16  # of a map or token sequence, drawn for each pair when a correction is fitted
 
@@ -226,10 +232,12 @@ class EpochPlan:
     Attributes:
         routes: int64, shape (N,): the subnet of each training image, 0 is the original.
         pairs: int64, shape (P,): images that go through the original and the cheap subnet, to fit the correction.
+        settled: where latents are kept: with this epoch's originals the last ones are bought.
     """
 
     routes: Tensor
     pairs: Tensor
+    settled: bool = False
 
 
 NO_PAIRS = torch.empty(0, dtype=torch.int64)
@@ -278,7 +286,8 @@ class SharedRoute:
     Args:
         count: training images, N.
         route: the cheap subnet.
-        share: q, of the images that get the original in each epoch after the first.
+        share: q, of the images that get the original in each epoch after the first; where latents are kept, of those
+            that are bought after the first epoch.
         pairs: P, images paired in the first epoch.
         refit_pairs: at most so many images of the original's share are paired in every later epoch.
         choice: of the share: those of the `highest` priority, `drawn` with odds in proportion to the last loss, or at
@@ -287,8 +296,9 @@ class SharedRoute:
             logarithm of the odds (`drawn`); None without a router.
         measured: difficulty that becomes known in the first epoch, added likewise; None: it is not measured.
         seed: of random draws and of ties.
-        buy_epochs: 0: the share is chosen anew in every epoch. Else (with a cache, where an original latent is paid
+        buy_epochs: 0: the share is chosen anew in every epoch. Else (where latents are kept and an original is paid
             once): the share grows evenly over so many epochs and an image that got the original keeps it.
+        first: share of the images that get the original in the first epoch, where latents are kept.
         pass_size: images a pass: until the last of those epochs, what is bought fills whole passes.
         permanent: the highest difficulty alone decides, whatever the losses.
         budget: to be met: the share follows what latents turn out to cost, see `account`; None: it stays.
@@ -298,9 +308,10 @@ class SharedRoute:
         self, count: int, route: int, share: float, pairs: int, refit_pairs: int = 0, choice: Choice = "highest",
         difficulty: Optional[Tensor] = None, seed: int = 0, buy_epochs: int = 0, permanent: bool = False,
         budget: Optional[Budget] = None, measured: Optional[MeasuredDifficulty] = None, pass_size: int = 1,
+        first: float = 0.0,
     ) -> None:
-        self.pass_size = pass_size
-        self.expected_share, self.budget, self.measured = share, budget, measured
+        self.pass_size, self.first = pass_size, int(first * count) // pass_size * pass_size
+        self.expected_share, self.budget, self.measured = first + share, budget, measured
         self.known_costs: Optional[tuple[float, float, float]] = None
         self.count, self.route, self.share, self.permanent = count, route, share, permanent
         self.pairs, self.refit_pairs, self.choice = min(pairs, count), refit_pairs, choice
@@ -314,9 +325,9 @@ class SharedRoute:
         """The routes of an epoch, given its shuffled order, int64 (N,)."""
         routes = torch.full((self.count,), self.route)
         if epoch == 0:
-            pairs = order[: self.pairs]
-            routes[pairs] = 0
-            self.bought[pairs] = True
+            pairs, bought = order[: self.pairs], order[: max(self.pairs, self.first)]
+            routes[bought] = 0
+            self.bought[bought] = True
             return EpochPlan(routes, pairs)
         priority = self._priority()
         if self.budget is not None and self.known_costs is not None:
@@ -325,13 +336,14 @@ class SharedRoute:
         if self.buy_epochs:
             if epoch < self.buy_epochs:
                 wanted = int(wanted * epoch / self.buy_epochs) // self.pass_size * self.pass_size
-            wanted += len(order[: self.pairs])
+            wanted += self.first
             priority[self.bought] = torch.inf
         chosen = priority.topk(min(wanted, self.count)).indices
         routes[chosen] = 0
-        fresh = chosen[~self.bought[chosen]] if self.buy_epochs else chosen  # kept latents need not be paired again
         self.bought[chosen] = True
-        return EpochPlan(routes, fresh[torch.randperm(len(fresh), generator=self.generator)][: self.refit_pairs])
+        if self.buy_epochs:
+            return EpochPlan(routes, NO_PAIRS, settled=epoch == self.buy_epochs)
+        return EpochPlan(routes, chosen[torch.randperm(len(chosen), generator=self.generator)][: self.refit_pairs])
 
     def observe(self, indices: Tensor, losses: Tensor) -> None:
         """Remember the losses, shape (B,), of the images that were just trained on."""
@@ -427,28 +439,32 @@ def original_share(
     first = count * cheap + min(pairs, count) + router * count
     left = budget * epochs * count - first - (epochs - 1) * count * cheap
     if left < 0:
-        raise ValueError(_too_small("routing.cost", budget, budget - left / (epochs * count)))
+        cheaper = "a cheaper routing.subnet or fewer routing.pairs"
+        raise ValueError(_too_small("routing.cost", budget, budget - left / (epochs * count), cheaper))
     return Budget(budget * epochs * count, count, max(2, epochs), refit).share(1, first, 1.0, cheap)
 
 
-def cached_share(budget: float, cheap: float, router: float, count: int, pairs: int) -> float:
-    """The share of images whose original latent a cached run buys besides the pairs, such that a budget is met.
+def cached_shares(budget: float, cheap: float, router: float) -> tuple[float, float]:
+    """The shares of images whose original a cached run buys in the first epoch and later, such that a budget is met.
+
+    The first are drawn and do without the subnet; of what the budget leaves beside the subnet they get `FIRST`.
 
     Args:
         budget: cost of all latents relative to one pass of the original over all images.
-        cheap, router, count, pairs: as for `original_share`.
+        cheap, router: as for `original_share`.
 
     Raises:
         ValueError: the budget does not even pay for the subnet.
     """
-    left = (budget - cheap - router) * count - min(pairs, count)
+    left = budget - cheap - router
     if left < 0:
-        raise ValueError(_too_small("routing.cached_cost", budget, budget - left / count))
-    return min(1.0, left / count)
+        raise ValueError(_too_small("routing.cached_cost", budget, budget - left, "a cheaper routing.cached_subnet"))
+    first = min(1.0, FIRST * left / max(1.0 - cheap, 1e-9))
+    return first, min(1.0 - first, (1 - FIRST) * left)
 
 
-def _too_small(key: str, budget: float, needed: float) -> str:
+def _too_small(key: str, budget: float, needed: float, cheaper: str) -> str:
     return (
         f"{key}: {budget} does not pay for the cheap subnet, the pairs and the router, which take {needed:.2f} alone; "
-        "raise it, or choose a cheaper routing.subnet or fewer routing.pairs"
+        f"raise it, or choose {cheaper}"
     )

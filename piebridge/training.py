@@ -183,6 +183,9 @@ def fit(
             epoch_plan = plan.policy.plan(epoch, order)
             if plan.cached and epoch:
                 source.keep(0, order[epoch_plan.routes[order] == 0])
+                if correction is not None and epoch_plan.settled:
+                    with stopwatch("correction"):
+                        source.correct(plan.policy.route)
             losses, paired = [], 0
             for window in _windows(order, epoch_plan, config):
                 routes = epoch_plan.routes[window]

@@ -79,6 +79,34 @@ def test_what_is_kept_ahead_is_in_whole_passes_and_computed_once():
     assert source.computed == {0: 10, 2: 0}
 
 
+@pytest.mark.parametrize("maps", [False, True])
+def test_what_is_kept_of_a_subnet_is_corrected_once(maps):
+    source, _, _ = source_of(maps, cached=True, correction=Correction(0))
+    everybody, routes = torch.arange(23), torch.full((23,), 2)
+    routes[:4] = 0  # drawn at first: no pairs
+    before = source.window(everybody, routes, NOBODY, 2)
+    assert torch.equal(before, expected_latents(everybody, routes, maps))  # and not corrected
+    routes[4:20] = 0
+    source.keep(0, everybody[:20])
+    source.correct(2)
+    wanted = IMAGES.float() if maps else IMAGES.float().mean((2, 3))
+    for _ in range(2):
+        after = source.window(everybody, routes, NOBODY, 2)
+        assert torch.equal(after[:20], wanted[:20])
+        assert (after[20:] - wanted[20:]).norm() < 0.1 * (before[20:] - wanted[20:]).norm()  # three times too large
+    assert source.computed == {0: 20, 2: 19}
+    assert sum(len(pairs) for pairs, _ in source.correction.pairs[2]) == 16 * (16 if maps else 1)  # 16 positions
+
+
+def test_without_pairs_nothing_that_is_kept_is_corrected():
+    source, _, _ = source_of(cached=True, correction=Correction(0))
+    everybody, routes = torch.arange(23), torch.full((23,), 2)
+    routes[:4] = 0
+    before = source.window(everybody, routes, NOBODY, 2)
+    source.correct(2)
+    assert torch.equal(source.window(everybody, routes, NOBODY, 2), before)
+
+
 def test_a_cache_beyond_memory_is_mapped(tmp_path):
     images = torch.randint(0, 256, (6, 3, 128, 128), dtype=torch.uint8)
     options = {"cached": True, "memory_mib": 1, "scratch": tmp_path / "scratch"}

@@ -17,7 +17,7 @@ from piebridge.routing import (
     MeasuredDifficulty,
     Residuals,
     SharedRoute,
-    cached_share,
+    cached_shares,
     original_share,
     ranks,
 )
@@ -422,7 +422,8 @@ def test_random_share_is_random_and_follows_the_seed():
 
 
 def test_what_was_bought_is_kept():
-    policy, order = SharedRoute(40, route=1, share=0.5, pairs=4, buy_epochs=2), torch.randperm(40)
+    policy = SharedRoute(40, route=1, share=0.5, pairs=0, buy_epochs=2, first=0.11)
+    order = torch.randperm(40)
     bought, counts = originals(policy.plan(0, order)), []
     assert bought == set(order[:4].tolist())
     for epoch in range(1, 6):
@@ -435,19 +436,17 @@ def test_what_was_bought_is_kept():
 
 
 def test_what_is_bought_fills_whole_passes_until_the_last_time():
-    policy = SharedRoute(100, route=1, share=0.47, pairs=3, buy_epochs=4, pass_size=8)
+    policy = SharedRoute(100, route=1, share=0.47, pairs=0, buy_epochs=4, pass_size=8, first=0.31)
     counts = [policy.plan(epoch, torch.randperm(100)).routes.eq(0).sum().item() for epoch in range(6)]
-    assert counts == [3, 3 + 8, 3 + 16, 3 + 32, 3 + 47, 3 + 47]  # of 11.75, 23.5 and 35.25
+    assert counts == [24, 24 + 8, 24 + 16, 24 + 32, 24 + 47, 24 + 47]  # of 31, and of 11.75, 23.5 and 35.25
 
 
-def test_what_is_kept_is_paired_once():
-    policy, order = SharedRoute(40, route=1, share=0.5, pairs=4, refit_pairs=40, buy_epochs=2), torch.randperm(40)
-    paired = policy.plan(0, order).pairs.tolist()
-    for epoch in range(1, 4):
-        plan = policy.plan(epoch, order)
-        paired += plan.pairs.tolist()
-        assert set(paired) == originals(plan)
-    assert len(paired) == len(set(paired)) == 24
+def test_what_is_kept_is_settled_when_the_last_original_is_bought():
+    policy, order = SharedRoute(40, route=1, share=0.5, pairs=0, buy_epochs=3, first=0.1), torch.randperm(40)
+    plans = [policy.plan(epoch, order) for epoch in range(6)]
+    assert [plan.settled for plan in plans] == [False, False, False, True, False, False]
+    assert not any(len(plan.pairs) for plan in plans)
+    assert originals(plans[2]) < originals(plans[3]) == originals(plans[5])
 
 
 def test_pairs_are_refitted_among_the_originals():
@@ -514,24 +513,25 @@ def test_a_budget_overspent_buys_no_more_originals():
 
 def test_a_large_budget_buys_originals_for_all():
     assert original_share(1.0, 0.1, 0.0, 100, 3, 10, 0) == 1.0
-    assert cached_share(1.0, 0.0, 0.0, 100, 0) == 1.0
+    assert sum(cached_shares(1.0, 0.0, 0.0)) == pytest.approx(1.0)
+    assert cached_shares(1.0, 1.0, 0.0) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("budget", "cheap", "router", "pairs"), [(0.6, 0.2, 0.0, 50), (0.5, 0.1, 0.02, 20), (0.9, 0.3, 0.0, 0)]
-)
-def test_cached_budget_is_met(budget, cheap, router, pairs):
+@pytest.mark.parametrize(("budget", "cheap", "router"), [(0.6, 0.2, 0.0), (0.5, 0.1, 0.02), (0.9, 0.3, 0.0)])
+def test_cached_budget_is_met(budget, cheap, router):
     count, epochs = 400, 9
-    share = cached_share(budget, cheap, router, count, pairs)
-    policy = SharedRoute(count, 1, share, pairs, buy_epochs=3, pass_size=16)
+    first, share = cached_shares(budget, cheap, router)
+    assert first * (1 - cheap) == pytest.approx(2 * share)  # two thirds of what is left are spent at first
+    policy = SharedRoute(count, 1, share, 0, buy_epochs=3, first=first)
     paid = {0: set(), 1: set()}
     for epoch in range(epochs):
         plan = policy.plan(epoch, torch.randperm(count))
         paid[0] |= originals(plan)
-        paid[1] |= (set(range(count)) - originals(plan)) | set(plan.pairs.tolist())
+        if epoch == 0:
+            paid[1] = set(range(count)) - originals(plan)
         policy.observe(torch.arange(count), torch.rand(count))
     total = len(paid[0]) + cheap * len(paid[1]) + router * count
-    assert total / count == pytest.approx(budget, abs=1 / count)
+    assert total / count == pytest.approx(budget, abs=2 / count)
 
 
 def test_budget_too_small_names_what_would_do():
@@ -543,8 +543,8 @@ def test_budget_too_small_names_what_would_do():
 
 
 def test_cached_budget_too_small_names_what_would_do():
-    with pytest.raises(ValueError, match=r"routing\.cached_cost: 0\.3 does not pay .* take 0\.45 alone"):
-        cached_share(0.3, 0.2, 0.05, 1000, 200)
+    with pytest.raises(ValueError, match=r"routing\.cached_cost: 0\.3 does not pay .* take 0\.45 alone.*cached_subnet"):
+        cached_shares(0.3, 0.4, 0.05)
 
 
 @pytest.mark.parametrize("cost", [1.0, 0.99])

@@ -25,7 +25,7 @@ from ..routing import (
     FixedRoute,
     MeasuredDifficulty,
     SharedRoute,
-    cached_share,
+    cached_shares,
     original_share,
     ranks,
 )
@@ -125,20 +125,21 @@ def shared_plan(
         router_cost = relative_router_cost(setting, parts.prefix)
     corrected = routing.correction and (routing.cached_correction or not cached)
     remembers = corrected and routing.residuals and study.training.regime == "augmented"
-    pairs, refit = (routing.paired(count), routing.refit_pairs) if corrected else (0, 0)
+    pairs, refit = (routing.paired(count), routing.refit_pairs) if corrected and not cached else (0, 0)
     if measured is not None:
         pairs = count
-    if remembers or (cached and corrected):  # what is remembered is a pair; what is kept makes one for nothing
+    if remembers:  # what is remembered is a pair
         refit = count
+    first = 0.0
     if cached:  # an original latent is paid once, and so is the subnet's
-        share = cached_share(routing.cached_cost, cheap, router_cost, count, pairs)
+        first, share = cached_shares(routing.cached_cost, cheap, router_cost)
     else:
         share = original_share(routing.cost, cheap, router_cost, count, epochs, pairs, refit)
     policy = SharedRoute(
         count, route, share, pairs, refit, choice or routing.choice, difficulty, setting.seed,
         buy_epochs=max(1, epochs // 3) if cached else 0, permanent=permanent,
         budget=None if cached else Budget(routing.cost * epochs * count, count, epochs, refit), measured=measured,
-        pass_size=study.training.prefix_batch,
+        pass_size=study.training.prefix_batch, first=first,
     )
     return Plan(
         parts, networks, runners, policy, cached, corrected, remembers, measured,
