@@ -310,7 +310,7 @@ class SharedRoute:
         budget: Optional[Budget] = None, measured: Optional[MeasuredDifficulty] = None, pass_size: int = 1,
         first: float = 0.0,
     ) -> None:
-        self.pass_size, self.first = pass_size, int(first * count) // pass_size * pass_size
+        self.pass_size, self.first = pass_size, round(first * count / pass_size) * pass_size
         self.expected_share, self.budget, self.measured = first + share, budget, measured
         self.known_costs: Optional[tuple[float, float, float]] = None
         self.count, self.route, self.share, self.permanent = count, route, share, permanent
